@@ -1,0 +1,73 @@
+"""LeNet on CIFAR-10: the first network to train.
+
+python lenet_cifar.py                                        # as the source: 10 epochs
+python lenet_cifar.py --tuned                                # the same network, trained better
+python lenet_cifar.py --data drawn --tuned --epochs 3        # no download, under a minute
+python lenet_cifar.py --batch-size 4 --lr 0.001 --epochs 2   # small batches, many steps
+python lenet_cifar.py --data my_pictures/                    # train/<class>/*.jpg and test/<class>/*.jpg
+python lenet_cifar.py --resume --epochs 20                   # go on
+
+To train a network of your own: cp lenet_cifar.py my_net.py, and change the class.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import common
+
+TUNED = dict(batch_size=64, lr=0.02)
+
+
+class LeNet(nn.Module):
+    def __init__(self, channels, size, classes):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, 6, 5)
+        self.conv2 = nn.Conv2d(6, 16, 5)
+        self.pool = nn.MaxPool2d(2)
+        side = (
+            (size - 4) // 2 - 4
+        ) // 2  # a 5x5 convolution takes 4 off, pooling halves: 32 -> 28 -> 14 -> 10 -> 5
+        self.fc1 = nn.Linear(16 * side * side, 120)
+        self.fc2 = nn.Linear(120, 84)
+        self.fc3 = nn.Linear(84, classes)
+
+    def forward(self, x):
+        # ReLU after pooling is the same as before it, the larger of two stays the larger, on a quarter of the values.
+        x = F.relu(self.pool(self.conv1(x)))  # (N, 3, 32, 32) -> (N, 6, 28, 28) -> (N, 6, 14, 14)
+        x = F.relu(self.pool(self.conv2(x)))  # -> (N, 16, 10, 10) -> (N, 16, 5, 5)
+        x = x.flatten(1)  # -> (N, 400)
+        x = F.relu(self.fc1(x))
+        x = F.relu(self.fc2(x))
+        return self.fc3(x)  # (N, classes) logits: no softmax, CrossEntropyLoss has it built in
+
+
+def build_model(spec, args):
+    """The network for pictures of this `common.Spec`; predict.py calls it too."""
+    return LeNet(spec.channels, spec.size, len(spec.classes))
+
+
+def main():
+    also = "Nesterov momentum, a one-cycle schedule, pictures mirrored and shifted"
+    parser = common.Parser(__file__, __doc__, TUNED, also, epochs=10, batch_size=128, lr=0.001)
+    args = parser.parse_args()
+    train_set, test_set = common.load_data(args, "CIFAR10", size=32, mean=0.5, std=0.5)  # pixels to [-1, 1]
+
+    torch.manual_seed(args.seed)
+    model = build_model(train_set.spec, args)
+    loss_fn = nn.CrossEntropyLoss()
+    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, nesterov=args.tuned)
+
+    scheduler = augment = None
+    if args.tuned:
+        steps = args.epochs * common.size_of_epoch(train_set, args.batch_size, args)[1]
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=steps)
+
+        def augment(pictures, generator):
+            return common.flip_and_shift(pictures, generator, train_set.mirror, pixels=2)
+
+    common.fit(model, train_set, test_set, loss_fn, optimizer, args, scheduler, augment)
+
+
+if __name__ == "__main__":
+    common.cli(main)
