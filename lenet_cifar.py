@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 import common
 
-TUNED = dict(batch_size=64, lr=0.02)
+TUNED = dict(batch_size=64, lr=0.03)
 
 
 class LeNet(nn.Module):
@@ -33,7 +33,7 @@ class LeNet(nn.Module):
         self.fc3 = nn.Linear(84, classes)
 
     def forward(self, x):
-        # ReLU after pooling is the same as before it, the larger of two stays the larger, on a quarter of the values.
+        # The source has ReLU before pooling: the result is the same, this is a quarter of the work.
         x = F.relu(self.pool(self.conv1(x)))  # (N, 3, 32, 32) -> (N, 6, 28, 28) -> (N, 6, 14, 14)
         x = F.relu(self.pool(self.conv2(x)))  # -> (N, 16, 10, 10) -> (N, 16, 5, 5)
         x = x.flatten(1)  # -> (N, 400)

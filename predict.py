@@ -1,0 +1,134 @@
+"""Classify pictures with a checkpoint, prepared exactly as in training.
+
+python predict.py runs/lenet_cifar/best.pt dog.png
+python predict.py runs/lenet_cifar/best.pt dog.png holiday/ --top 3 --figure out.png --csv out.csv
+python predict.py --recipe my_net.py runs/my_net/best.pt dog.png      # a recipe of your own
+"""
+
+import argparse
+import csv
+import importlib.util
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+import common
+
+
+def import_recipe(checkpoint, path):
+    """The recipe's module: the file that the user names, else the one of this repository that the checkpoint
+    names; what else is imported is never for a checkpoint to decide."""
+    name = checkpoint["recipe"]
+    file = Path(path) if path else Path(__file__).with_name(f"{name}.py")
+    if not path and name not in common.RECIPES:
+        raise common.UserError(
+            f"a checkpoint of {name}, which is not in this repository: add --recipe {name}.py"
+        )
+    if not file.is_file():
+        raise common.UserError(f"no recipe {file}: name the script that made the checkpoint with --recipe")
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "build_model"):
+        raise common.UserError(f"{file} has no build_model(spec, args), which makes its network")
+    return module
+
+
+def load_model(path, recipe, device):
+    """A checkpoint's network, ready for uint8 pictures (N, C, H, W), and the `common.Spec` of these."""
+    checkpoint = common.load_checkpoint(path)
+    spec = common.Spec(**checkpoint["spec"])
+    network = import_recipe(checkpoint, recipe).build_model(
+        spec, argparse.Namespace(**checkpoint["settings"])
+    )
+    common.load_weights(network, checkpoint)
+    return torch.nn.Sequential(common.Normalise(spec), network).to(device).eval(), spec
+
+
+def find_files(paths):
+    """The files that are named, and the pictures below the folders that are."""
+    files = []
+    for path in map(Path, paths):
+        found = common.find_pictures(path) if path.is_dir() else [path]
+        if not found:
+            raise common.UserError(f"no pictures in {path}, by names in {' '.join(common.SUFFIXES)}")
+        files += found
+    return files
+
+
+def why_not(file):
+    """What is wrong with a file that `common.decode` cannot read."""
+    if not file.exists():
+        return "no such file"
+    return "an empty file" if not file.stat().st_size else "not a picture, or damaged"
+
+
+@torch.inference_mode()
+def classify(model, spec, files, device, batch_size=64):
+    """Yield (file, uint8 picture (C, H, W), probabilities (classes,)) a file, or (file, None, None) where it
+    cannot be read. Decodes a batch at a time, in threads: memory does not grow with the number of files."""
+
+    def read(file):
+        picture = common.decode(file)
+        if picture is not None:
+            return torch.from_numpy(common.conform(picture, spec.size, spec.channels)).movedim(-1, 0)
+
+    with ThreadPoolExecutor() as pool:
+        for start in range(0, len(files), batch_size):
+            some = files[start : start + batch_size]
+            pictures = list(pool.map(read, some))
+            good = [picture for picture in pictures if picture is not None]
+            rows = iter(model(torch.stack(good).to(device)).float().softmax(1).cpu() if good else [])
+            for file, picture in zip(some, pictures, strict=True):
+                yield file, picture, None if picture is None else next(rows)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.error = lambda message: common.Parser.error(parser, message)
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="best.pt or last.pt of a run folder")
+    parser.add_argument("pictures", metavar="PICTURE", nargs="+", help="files, and folders of pictures")
+    parser.add_argument(
+        "--recipe", metavar="FILE", help="the script that made the checkpoint, if it is your own"
+    )
+    parser.add_argument(
+        "--top", metavar="K", type=common.number(int), default=1, help="classes a picture (default: 1)"
+    )
+    parser.add_argument("--figure", metavar="FILE", help="draw the pictures with their classes, a PNG say")
+    parser.add_argument("--csv", metavar="FILE", help="write files, classes, probabilities as a table")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: auto)")
+    args = parser.parse_args()
+    if args.figure and not importlib.util.find_spec("matplotlib"):
+        raise common.UserError("--figure needs a package: pip install matplotlib")
+    device = common.pick_device(args.device)
+    model, spec = load_model(args.checkpoint, args.recipe, device)
+    files, top = find_files(args.pictures), min(args.top, len(spec.classes))
+
+    table, drawn, unreadable = [["file", "rank", "class", "probability"]], [], 0
+    for file, picture, probabilities in classify(model, spec, files, device):
+        if picture is None:
+            print(f"{parser.prog}: error: cannot read {file}: {why_not(file)}", file=sys.stderr)
+            unreadable += 1
+            continue
+        values, indices = probabilities.topk(top)
+        best = [(spec.classes[i], value) for i, value in zip(indices.tolist(), values.tolist(), strict=True)]
+        print(f"{file}: " + ", ".join(f"{name} {value:.4f}" for name, value in best))
+        table += [[str(file), rank, name, f"{value:.6f}"] for rank, (name, value) in enumerate(best, 1)]
+        if len(drawn) < 64:  # more would not be legible
+            drawn.append((picture, f"{common.short(best[0][0])} {best[0][1]:.2f}"))
+    if args.csv:
+        with open(args.csv, "w", newline="") as file:
+            csv.writer(file).writerows(table)
+    if args.figure and drawn:
+        common.draw_grid(
+            *zip(*drawn, strict=True), "What the network sees, and the class it gives it", args.figure
+        )
+    raise SystemExit(2 if unreadable else 0)
+
+
+if __name__ == "__main__":
+    common.cli(main)

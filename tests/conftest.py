@@ -1,0 +1,91 @@
+"""Draws the tiny data that the tests train on, and runs the scripts as a user does."""
+
+import multiprocessing
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+
+# Processes that begin with the slow imports done: a test starts a script in 0.1 s instead of 3.
+WARM = multiprocessing.get_context("forkserver")
+WARM.set_forkserver_preload(["torch", "torchvision", "torch._dynamo", "cv2", "matplotlib.figure", "conftest"])
+
+
+def start(script, *args, cwd, **options):
+    """Start a script as the user does, `python SCRIPT ...` in the folder `cwd`; returns the process."""
+    command = [sys.executable, str(ROOT / script), *map(str, args)]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
+    return subprocess.Popen(command, cwd=cwd, env={**os.environ, "PYTHONPATH": str(ROOT)}, **options)
+
+
+def run(script, *args, cwd, status=0, before=None):
+    """Run a script to its end in a warm process, after the function `before`; returns (stdout, stderr). Fails
+    where its exit status is another than `status`."""
+    files = [Path(cwd, ".stdout"), Path(cwd, ".stderr")]
+    process = WARM.Process(target=_run, args=(str(ROOT / script), [*map(str, args)], str(cwd), files, before))
+    process.start()
+    process.join(100)
+    process.kill()
+    process.join()
+    out, err = (file.read_text() for file in files)
+    assert process.exitcode == status, f"{args} exited with {process.exitcode}\n{out}\n{err}"
+    assert status == 1 or "Traceback" not in err, err
+    return out, err
+
+
+def _run(script, args, cwd, files, before):
+    for descriptor, file in enumerate(files, 1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    os.chdir(cwd)
+    sys.argv = [script if os.path.dirname(script) != str(ROOT) else os.path.basename(script), *args]
+    if before:
+        before()
+    runpy.run_path(script, run_name="__main__")
+
+
+def one_error_line(err, *parts):
+    """The only line of stderr, which must hold these parts."""
+    assert err.count("\n") == 1, err
+    assert ": error: " in err, err
+    for part in parts:
+        assert part in err, err
+    return err
+
+
+def draw(kind, rng, height=32, width=32):
+    """A picture, uint8 BGR (H, W, 3): bars that lie, bars that stand, or a ball, on noise."""
+    picture = rng.integers(0, 100, (height, width, 3), dtype=np.uint8)
+    y, x = int(height * rng.uniform(0.3, 0.7)), int(width * rng.uniform(0.3, 0.7))
+    color = rng.integers(150, 256, 3).tolist()
+    if kind == "lying":
+        picture[y - height // 8 : y + height // 8] = color
+    elif kind == "standing":
+        picture[:, x - width // 8 : x + width // 8] = color
+    else:
+        cv2.circle(picture, (x, y), min(height, width) // 4, color, -1)
+    return picture
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """train/<class>/ and test/<class>/ of three classes, in several formats and sizes; CSVs of the same."""
+    root, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for part, count in (("train", 20), ("test", 7)):
+        rows = ["file,label"]
+        for kind in ("ball", "lying", "standing"):
+            (root / part / kind).mkdir(parents=True)
+            for i in range(count):
+                file = root / part / kind / f"{i}{['.png', '.jpg', '.bmp', '.webp'][i % 4]}"
+                cv2.imwrite(str(file), draw(kind, rng, 30 + 5 * (i % 3), 40))
+                rows.append(f"{file.relative_to(root)},{kind}")
+        (root / f"{part}-rows.csv").write_text("\n".join(rows) + "\n")
+    return root

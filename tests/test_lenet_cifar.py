@@ -1,0 +1,245 @@
+"""What a user of lenet_cifar.py may rely on; the other recipes share all of it."""
+
+import contextlib
+import csv
+import os
+import pty
+import resource
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+from conftest import ROOT, one_error_line, run, start
+
+SCRIPT = "lenet_cifar.py"
+HEADER = (
+    "epoch,lr,train_loss,train_accuracy,test_loss,test_accuracy,train_seconds,test_seconds,images_per_second"
+)
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def rows_of(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def assert_same_run(one, other):
+    """Same weights, optimizer and history, bit for bit; the clock aside."""
+    a, b = load(one / "last.pt"), load(other / "last.pt")
+    assert a["model"].keys() == b["model"].keys()
+    assert all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
+    for state, twin in zip(a["optimizer"]["state"].values(), b["optimizer"]["state"].values(), strict=True):
+        assert torch.equal(state["momentum_buffer"], twin["momentum_buffer"])
+    for row, twin in zip(rows_of(one / "history.csv"), rows_of(other / "history.csv"), strict=True):
+        for name in HEADER.split(",")[:6]:
+            assert row[name] == twin[name]
+
+
+def test_one_batch_of_drawn_digits_fills_the_run_folder(tmp_path):
+    process = start(SCRIPT, "--data", "drawn", "--epochs", 1, "--limit-batches", 1, cwd=tmp_path)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0
+    folder = tmp_path / "runs/lenet_cifar"
+    names = {"last.pt", "best.pt", "history.csv", "samples.png", "curves.png", "confusion.png"}
+    assert {file.name for file in folder.iterdir()} == names
+    assert (folder / "history.csv").read_text().splitlines()[0] == HEADER
+    (row,) = rows_of(folder / "history.csv")
+    assert row["epoch"] == "1" and row["lr"] == "0.001"
+    assert 0 <= float(row["test_accuracy"]) <= 1 and float(row["images_per_second"]) > 0
+    lines = out.splitlines()
+    assert [line.split()[0] for line in lines[-12:-2]] == list("0123456789")
+    assert lines[-2].startswith("best epoch: 1, test accuracy ")
+    assert "predict.py runs/lenet_cifar/best.pt PICTURE..." in lines[-1]
+    assert err == ""  # no progress bar where stderr is no terminal
+    assert all(len(line) <= 80 for line in lines[1:-1])
+
+
+def test_help_shows_every_default_and_what_tuned_changes(tmp_path):
+    out, _ = run(SCRIPT, "--help", cwd=tmp_path)
+    text = " ".join(out.split())
+    for default in ("(default: 10)", "(default: 128)", "(default: 0.001)", "(default: runs/lenet_cifar)"):
+        assert default in text
+    assert text.count("(default:") == 16
+    assert "batch size 64" in text
+
+
+def test_tuned_learns_drawn_digits_in_three_epochs(tmp_path):
+    run(SCRIPT, "--data", "drawn", "--tuned", "--epochs", 3, cwd=tmp_path)
+    assert float(rows_of(tmp_path / "runs/lenet_cifar/history.csv")[-1]["test_accuracy"]) > 0.90
+
+
+def test_a_terminal_gets_a_progress_bar_with_epoch_loss_and_accuracy(tmp_path):
+    ours, theirs = pty.openpty()
+    args = ("--data", "drawn", "--epochs", 1, "--batch-size", 2)
+    process = start(SCRIPT, *args, cwd=tmp_path, stderr=theirs, stdout=subprocess.DEVNULL)
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):  # which is how a terminal says that the other end is closed
+        while chunk := os.read(ours, 2**16):
+            shown += chunk
+    os.close(ours)
+    assert process.wait(60) == 0
+    assert b"epoch 1/1" in shown and b"loss 2." in shown and b"accuracy 0." in shown
+
+
+@pytest.mark.parametrize("flags", [[], ["--tuned"]])
+def test_a_run_killed_and_resumed_ends_as_the_unbroken_one(tmp_path, flags):
+    args = ["--data", "drawn", "--epochs", 4, "--batch-size", 32, "--limit-batches", 40, *flags]
+    run(SCRIPT, *args, "--out", "unbroken", cwd=tmp_path)
+    process = start(SCRIPT, *args, "--out", "broken", cwd=tmp_path)
+    while not (tmp_path / "broken/history.csv").exists():
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    assert len(load(tmp_path / "broken/last.pt")["history"]) < 4
+    run(SCRIPT, "--resume", "--out", "broken", cwd=tmp_path)
+    assert_same_run(tmp_path / "unbroken", tmp_path / "broken")
+
+
+def test_ctrl_c_keeps_the_last_whole_epoch_and_says_how_to_go_on(tmp_path):
+    args = ["--data", "drawn", "--epochs", 50, "--batch-size", 32, "--limit-batches", 40]
+    process = start(SCRIPT, *args, cwd=tmp_path)
+    while not (tmp_path / "runs/lenet_cifar/history.csv").exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in err and "--resume --out runs/lenet_cifar" in err
+    assert load(tmp_path / "runs/lenet_cifar/last.pt")["history"]
+
+
+def test_resume_asks_for_more_epochs_or_says_why_not(tmp_path, folder):
+    args = ["--data", folder, "--epochs", 1, "--batch-size", 16]
+    run(SCRIPT, *args, "--out", "a", cwd=tmp_path)
+    run(SCRIPT, *args, "--epochs", 2, "--out", "b", cwd=tmp_path)
+    run(SCRIPT, "--resume", "--epochs", 2, "--out", "a", cwd=tmp_path)
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+    _, err = run(SCRIPT, "--resume", "--lr", 0.5, "--out", "a", cwd=tmp_path, status=2)
+    one_error_line(err, "--lr", "0.001", "0.5")
+    _, err = run(SCRIPT, "--resume", "--data", "drawn", "--out", "a", cwd=tmp_path, status=2)
+    one_error_line(err, "classes", "ball", "'9'")
+    run(SCRIPT, *args, "--tuned", "--out", "t", cwd=tmp_path)
+    _, err = run(SCRIPT, "--resume", "--epochs", 2, "--out", "t", cwd=tmp_path, status=2)
+    one_error_line(err, "epochs from 1 to 2")
+    out, _ = run(SCRIPT, "--resume", "--out", "t", cwd=tmp_path)  # complete: only the report is missing
+    assert "best epoch: 1" in out
+
+
+def test_resume_refuses_another_network_naming_both(tmp_path, folder):
+    mine = tmp_path / "my_net.py"
+    shutil.copy(ROOT / SCRIPT, mine)
+    args = ["--data", folder, "--limit-batches", 1]
+    run(mine, *args, "--epochs", 1, cwd=tmp_path)
+    mine.write_text(mine.read_text().replace("120", "99"))
+    _, err = run(mine, "--resume", "--epochs", 2, cwd=tmp_path, status=2)
+    one_error_line(err, "fc1.weight", "[99, 400]", "[120, 400]")
+
+
+def test_a_csv_trains_as_the_folder_of_the_same_pictures(tmp_path, folder):
+    shutil.copytree(folder, tmp_path / "csv")
+    for part in ("train", "test"):
+        (tmp_path / f"csv/{part}-rows.csv").rename(tmp_path / f"csv/{part}.csv")
+    args = ["--epochs", 1, "--batch-size", 16, "--seed", 3, "--save-every", 1]
+    run(SCRIPT, "--data", "csv", *args, "--out", "a", cwd=tmp_path)
+    run(SCRIPT, "--data", folder, *args, "--out", "b", cwd=tmp_path)
+    assert load(tmp_path / "a/epoch_1.pt")["spec"]["classes"] == ["ball", "lying", "standing"]
+    assert rows_of(tmp_path / "a/history.csv")[0]["test_accuracy"]
+    assert load(tmp_path / "a/last.pt")["train_size"] == load(tmp_path / "b/last.pt")["train_size"] == 60
+
+
+def test_holdout_needs_no_test_set_and_says_what_it_tests_on(tmp_path, folder):
+    shutil.copytree(folder / "train", tmp_path / "mine/train")
+    _, err = run(SCRIPT, "--data", "mine", cwd=tmp_path, status=2)
+    one_error_line(err, "mine/test", "--holdout")
+    out, _ = run(SCRIPT, "--data", "mine", "--holdout", 12, "--epochs", 1, cwd=tmp_path)
+    assert "48 + 12 images" in out and "held-out accuracy" in out
+
+
+def test_amp_and_tensorboard_run(tmp_path, folder):
+    run(SCRIPT, "--data", folder, "--epochs", 1, "--amp", "--tensorboard", cwd=tmp_path)
+    assert list((tmp_path / "runs/lenet_cifar").glob("events.out.tfevents*"))
+
+
+def test_without_matplotlib_a_line_says_how_to_get_the_pictures(tmp_path, folder):
+    script = tmp_path / "without.py"
+    lines = ["import runpy, sys", "sys.modules['matplotlib'] = None"]
+    script.write_text("\n".join([*lines, f"runpy.run_path({str(ROOT / SCRIPT)!r}, run_name='__main__')"]))
+    out, _ = run(script, "--data", folder, "--epochs", 1, "--out", "o", cwd=tmp_path)
+    assert out.count("pip install matplotlib") == 1
+    assert not list((tmp_path / "o").glob("*.png"))
+
+
+def small_disk():
+    """Writing past 400 kB into a file fails, as on a full disk."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000))
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, folder):
+    run(SCRIPT, "--data", folder, "--epochs", 1, cwd=tmp_path)
+    before = (tmp_path / "runs/lenet_cifar/last.pt").read_bytes()
+
+    _, err = run(SCRIPT, "--resume", "--epochs", 2, cwd=tmp_path, status=2, before=small_disk)
+    one_error_line(err, "last.pt", "disk full")
+    assert (tmp_path / "runs/lenet_cifar/last.pt").read_bytes() == before
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(tmp_path, folder):
+    run(SCRIPT, "--data", folder, "--epochs", 1, cwd=tmp_path)
+    before = (tmp_path / "runs/lenet_cifar/last.pt").read_bytes()
+    _, err = run(SCRIPT, "--data", folder, "--epochs", 9, "--lr", 1e30, cwd=tmp_path, status=2)
+    one_error_line(err, "loss is", "smaller --lr")
+    assert (tmp_path / "runs/lenet_cifar/last.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "parts"),
+    [
+        (["--device", "cuda:99"], ["--device cuda:99", "cpu"]),
+        (["--device", "gpu"], ["--device gpu", "cpu"]),
+        (["--epochs", "0"], ["--epochs", "0"]),
+        (["--batch-size", "-4"], ["--batch-size", "-4"]),
+        (["--lr", "0"], ["--lr", "0"]),
+        (["--lr", "inf"], ["--lr", "inf"]),
+        (["--data", "drawn", "--holdout", "99999"], ["--holdout 99999", "10000"]),
+        (["--data", "drawn", "--out", "/dev/null/run"], ["/dev/null/run", "--out"]),
+        (["--data", "."], ["CIFAR10", "--data drawn"]),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(tmp_path, monkeypatch, flags, parts):
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # no network: the download fails at once
+    _, err = run(SCRIPT, *flags, cwd=tmp_path, status=2)
+    one_error_line(err, *parts)
+
+
+def test_bad_folders_are_one_line_and_status_2(tmp_path, folder):
+    def refused(name, *parts, flags=()):
+        _, err = run(SCRIPT, "--data", name, *flags, cwd=tmp_path, status=2)
+        one_error_line(err, *parts)
+
+    mine = tmp_path / "mine"
+    shutil.copytree(folder, mine)
+    shutil.move(mine / "test/ball", mine / "test/balls")
+    refused("mine", "'ball'", "'balls'")
+    shutil.move(mine / "test/balls", mine / "test/ball")
+    for i in range(6):
+        (mine / f"train/ball/bad{i}.png").write_text("no picture")
+    refused("mine", "6 unreadable", "bad0.png", "bad4.png", "--skip-bad")
+    out, _ = run(SCRIPT, "--data", mine, "--skip-bad", "--epochs", 1, cwd=tmp_path)
+    assert "train: 6 unreadable pictures left out" in out and "60 + 21 images" in out
+    for part in ("train", "test"):
+        for kind in ("lying", "standing"):
+            shutil.rmtree(mine / part / kind)
+    refused("mine", "['ball']", "two")
+    shutil.rmtree(mine / "test")
+    refused("mine", "mine/test")
+    (tmp_path / "loose").mkdir()
+    shutil.copy(folder / "train/ball/0.png", tmp_path / "loose")
+    refused("loose", "train/<class>/")
