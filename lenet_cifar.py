@@ -10,13 +10,15 @@ python lenet_cifar.py --resume --epochs 20                   # go on
 To train a network of your own: cp lenet_cifar.py my_net.py, and change the class.
 """
 
+from functools import partial
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 import common
 
-TUNED = dict(batch_size=64, lr=0.03)
+TUNED = dict(batch_size=64, lr=0.025)
 
 
 class LeNet(nn.Module):
@@ -60,11 +62,8 @@ def main():
 
     scheduler = augment = None
     if args.tuned:
-        steps = args.epochs * common.size_of_epoch(train_set, args.batch_size, args)[1]
-        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=steps)
-
-        def augment(pictures, generator):
-            return common.flip_and_shift(pictures, generator, train_set.mirror, pixels=2)
+        scheduler = common.one_cycle(optimizer, train_set, args)
+        augment = partial(common.flip_and_shift, mirror=train_set.mirror, pixels=2)
 
     common.fit(model, train_set, test_set, loss_fn, optimizer, args, scheduler, augment)
 

@@ -73,7 +73,7 @@ def classify(model, spec, files, device, batch_size=64):
     def read(file):
         picture = common.decode(file)
         if picture is not None:
-            return torch.from_numpy(common.conform(picture, spec.size, spec.channels)).movedim(-1, 0)
+            return torch.from_numpy(common.prepare(picture, spec)).movedim(-1, 0)
 
     with ThreadPoolExecutor() as pool:
         for start in range(0, len(files), batch_size):
@@ -89,7 +89,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.error = lambda message: common.Parser.error(parser, message)
+    parser.error = lambda message: common.leave(f"error: {message}: --help lists the flags")
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="best.pt or last.pt of a run folder")
     parser.add_argument("pictures", metavar="PICTURE", nargs="+", help="files, and folders of pictures")
     parser.add_argument(
@@ -119,14 +119,13 @@ def main():
         print(f"{file}: " + ", ".join(f"{name} {value:.4f}" for name, value in best))
         table += [[str(file), rank, name, f"{value:.6f}"] for rank, (name, value) in enumerate(best, 1)]
         if len(drawn) < 64:  # more would not be legible
-            drawn.append((picture, f"{common.short(best[0][0])} {best[0][1]:.2f}"))
+            drawn.append((picture, f"{common.short(file.name)}\n{common.short(best[0][0])} {best[0][1]:.2f}"))
     if args.csv:
         with open(args.csv, "w", newline="") as file:
             csv.writer(file).writerows(table)
     if args.figure and drawn:
-        common.draw_grid(
-            *zip(*drawn, strict=True), "What the network sees, and the class it gives it", args.figure
-        )
+        heading = "What the network sees, its class and the probability"
+        common.save_figure(common.draw_grid(*zip(*drawn, strict=True), heading), args.figure)
     raise SystemExit(2 if unreadable else 0)
 
 

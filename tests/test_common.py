@@ -282,7 +282,7 @@ def test_no_mirror_leaves_no_file_and_names_all_failures(mirror, tmp_path):
 
 
 def cifar_archive(path, *more, names=("cat", "dog")):
-    """An archive as CIFAR-10's, of 4 pictures a batch; `more` are (name, bytes) besides; returns the pixels."""
+    """An archive as CIFAR-10's, of 4 pictures a batch; `more` are (name, bytes); returns the pixels."""
     rng, pixels = np.random.default_rng(0), {}
     with tarfile.open(path, "w:gz") as tar:
         batches = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]

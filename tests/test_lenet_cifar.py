@@ -76,7 +76,7 @@ def test_tuned_learns_drawn_digits_in_three_epochs(tmp_path):
 
 def test_a_terminal_gets_a_progress_bar_with_epoch_loss_and_accuracy(tmp_path):
     ours, theirs = pty.openpty()
-    args = ("--data", "drawn", "--epochs", 1, "--batch-size", 2)
+    args = ("--data", "drawn", "--epochs", 1, "--batch-size", 4, "--limit-batches", 1500)
     process = start(SCRIPT, *args, cwd=tmp_path, stderr=theirs, stdout=subprocess.DEVNULL)
     os.close(theirs)
     shown = b""
@@ -89,21 +89,21 @@ def test_a_terminal_gets_a_progress_bar_with_epoch_loss_and_accuracy(tmp_path):
 
 
 @pytest.mark.parametrize("flags", [[], ["--tuned"]])
-def test_a_run_killed_and_resumed_ends_as_the_unbroken_one(tmp_path, flags):
-    args = ["--data", "drawn", "--epochs", 4, "--batch-size", 32, "--limit-batches", 40, *flags]
+def test_a_run_killed_and_resumed_ends_as_the_unbroken_one(tmp_path, folder, flags):
+    args = ["--data", folder, "--epochs", 30, "--batch-size", 2, *flags]
     run(SCRIPT, *args, "--out", "unbroken", cwd=tmp_path)
     process = start(SCRIPT, *args, "--out", "broken", cwd=tmp_path)
     while not (tmp_path / "broken/history.csv").exists():
         time.sleep(0.01)
     process.kill()
     process.communicate()
-    assert len(load(tmp_path / "broken/last.pt")["history"]) < 4
+    assert len(load(tmp_path / "broken/last.pt")["history"]) < 30
     run(SCRIPT, "--resume", "--out", "broken", cwd=tmp_path)
     assert_same_run(tmp_path / "unbroken", tmp_path / "broken")
 
 
-def test_ctrl_c_keeps_the_last_whole_epoch_and_says_how_to_go_on(tmp_path):
-    args = ["--data", "drawn", "--epochs", 50, "--batch-size", 32, "--limit-batches", 40]
+def test_ctrl_c_keeps_the_last_whole_epoch_and_says_how_to_go_on(tmp_path, folder):
+    args = ["--data", folder, "--epochs", 1000, "--batch-size", 2]
     process = start(SCRIPT, *args, cwd=tmp_path)
     while not (tmp_path / "runs/lenet_cifar/history.csv").exists():
         time.sleep(0.01)

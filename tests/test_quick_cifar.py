@@ -1,0 +1,48 @@
+"""What a user of quick_cifar.py may rely on besides what all recipes share."""
+
+import pytest
+import torch
+from conftest import one_error_line, run, start
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import common
+import quick_cifar
+
+
+def test_one_batch_of_drawn_digits_leaves_a_run_that_tensorboard_shows(tmp_path):
+    process = start("quick_cifar.py", "--data", "drawn", "--epochs", 2, "--limit-batches", 60, cwd=tmp_path)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    folder = tmp_path / "runs/quick_cifar"
+    assert {"epoch_1.pt", "epoch_2.pt", "last.pt", "best.pt", "confusion.png"} <= {
+        f.name for f in folder.iterdir()
+    }
+    log = EventAccumulator(str(folder), size_guidance={"images": 0})
+    log.Reload()
+    tags = log.Tags()
+    assert tags["graph"] and set(tags["scalars"]) == {"train/loss", "test/loss", "test/accuracy"}
+    assert [point.step for point in log.Scalars("train/loss")] == [100]  # each 100 steps, over the epochs
+    assert [point.step for point in log.Scalars("test/accuracy")] == [1, 2]
+    layers = {tag for tag in tags["images"] if tag.startswith("layer")}
+    assert len(layers) == 12 and "layer 0 Conv2d/before" in layers and "layer 5 MaxPool2d/after" in layers
+    assert {"input", "predictions", "confusion"} <= set(tags["images"])
+
+
+def test_no_tensorboard_and_an_activation_can_be_asked_for_and_predicted_with(tmp_path, folder):
+    args = ["--data", folder, "--epochs", 1, "--no-tensorboard", "--activation", "tanh"]
+    run("quick_cifar.py", *args, cwd=tmp_path)
+    assert not list((tmp_path / "runs/quick_cifar").glob("events*"))
+    run("predict.py", "runs/quick_cifar/best.pt", folder / "test/ball/0.png", cwd=tmp_path)
+    _, err = run("quick_cifar.py", "--resume", "--activation", "relu", cwd=tmp_path, status=2)
+    one_error_line(err, "--activation", "tanh", "relu")
+
+
+@pytest.mark.parametrize("activation", ["none", "relu", "sigmoid", "tanh"])
+def test_the_network_has_the_sources_layers(activation):
+    model = quick_cifar.Quick(3, 32, 10, activation)
+    assert sum(parameter.numel() for parameter in model.parameters()) == 145_578
+    assert model.features(torch.zeros(1, 3, 32, 32)).shape == (1, 64, 4, 4)
+    assert len(model.features) == (6 if activation == "none" else 9)
+    spec = common.Spec([str(i) for i in range(7)], 48, 1, 0, 1)
+    network = quick_cifar.build_model(spec, type("args", (), {"activation": activation}))
+    assert network(torch.zeros(2, 1, 48, 48)).shape == (2, 7)
