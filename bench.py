@@ -8,7 +8,6 @@ python bench.py lenet_cifar                       # needs CIFAR-10 in data/
 python bench.py lenet_cifar --data drawn --rounds 3
 """
 
-import argparse
 import importlib
 import statistics
 import time
@@ -56,9 +55,7 @@ def plain_loop(model, loss_fn, optimizer, loader, args):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = common.OneLineParser(__doc__)
     parser.add_argument("recipe", choices=RECIPES)
     parser.add_argument("--data", default="data", help="as for the recipe (default: %(default)s)")
     parser.add_argument("--rounds", type=common.number(int), default=5, help="(default: %(default)s)")
@@ -71,14 +68,14 @@ def main():
     dataset, size, channels, mean, std, args.batch_size, make_optimizer = RECIPES[args.recipe]
 
     start = time.perf_counter()
-    data, _ = common.load_data(args, dataset, size, channels, mean, std)
+    data, _ = common.load_data(args, dataset, size, channels=channels, mean=mean, std=std)
     seconds = time.perf_counter() - start
     print(f"{len(data):,} pictures read in {seconds:.2f} s, {torch.get_num_threads()} threads")
     model = importlib.import_module(args.recipe).build_model(data.spec, args).to(args.device)
     model.to(memory_format=torch.channels_last)
     loss_fn, optimizer = nn.CrossEntropyLoss(), make_optimizer(model.parameters())
     images, steps = common.size_of_epoch(data, args.batch_size, args)
-    pictures, labels = next(common.batches(data, torch.arange(len(data)), args.batch_size, args))
+    pictures, labels = next(common.batches(data, [torch.arange(args.batch_size)], args))
     in_place = [(common.Normalise(data.spec).to(args.device)(pictures), labels)] * steps
     some = torch.utils.data.Subset(OneByOne(data), range(images))
     loader = DataLoader(some, args.batch_size, shuffle=True)

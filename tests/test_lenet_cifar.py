@@ -93,7 +93,7 @@ def test_a_run_killed_and_resumed_ends_as_the_unbroken_one(tmp_path, folder, fla
     args = ["--data", folder, "--epochs", 30, "--batch-size", 2, *flags]
     run(SCRIPT, *args, "--out", "unbroken", cwd=tmp_path)
     process = start(SCRIPT, *args, "--out", "broken", cwd=tmp_path)
-    while not (tmp_path / "broken/history.csv").exists():
+    while not (tmp_path / "broken/last.pt").exists():
         time.sleep(0.01)
     process.kill()
     process.communicate()
@@ -105,7 +105,7 @@ def test_a_run_killed_and_resumed_ends_as_the_unbroken_one(tmp_path, folder, fla
 def test_ctrl_c_keeps_the_last_whole_epoch_and_says_how_to_go_on(tmp_path, folder):
     args = ["--data", folder, "--epochs", 1000, "--batch-size", 2]
     process = start(SCRIPT, *args, cwd=tmp_path)
-    while not (tmp_path / "runs/lenet_cifar/history.csv").exists():
+    while not (tmp_path / "runs/lenet_cifar/last.pt").exists():
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)

@@ -1,0 +1,180 @@
+"""VGG16 with what it learnt from ImageNet's 1.2 million photos, made to tell other classes apart.
+
+python vgg_transfer.py --data my_photos/ --freeze      # train a new last layer alone: start here
+python vgg_transfer.py --data my_photos/               # train all of it
+python vgg_transfer.py --head add --freeze             # a layer more, behind ImageNet's 1000 classes
+python vgg_transfer.py --weights runs/a/best.pt        # from a VGG16 of your own to other classes
+python vgg_transfer.py --weights none --data drawn     # no download: from random weights
+"""
+
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+from torch import nn
+from torchvision.models import VGG16_Weights
+
+import common
+
+IMAGENET = VGG16_Weights.IMAGENET1K_V1  # which pictures they expect, and where they are
+TUNED = dict(batch_size=64, lr=0.01)
+
+
+class VGG(nn.Module):
+    """torchvision's VGG16 with a new head, which takes the place of its last layer or is added behind it."""
+
+    def __init__(self, classes, head="replace", freeze=False):
+        super().__init__()
+        vgg = torchvision.models.vgg16()
+        self.features, self.avgpool, self.classifier, self.freeze = (
+            vgg.features,
+            vgg.avgpool,
+            vgg.classifier,
+            freeze,
+        )
+        width = vgg.classifier[-1].out_features  # 1000
+        if head == "replace":
+            width = vgg.classifier[-1].in_features  # 4096
+            self.classifier = vgg.classifier[:-1]
+        self.head = nn.Linear(width, classes)
+        if freeze:
+            self.requires_grad_(False)
+            self.head.requires_grad_(True)
+
+    def body(self, x):
+        x = x.expand(-1, 3, -1, -1)  # a grey picture has one channel
+        x = self.avgpool(self.features(x))  # (N, 3, 224, 224) -> (N, 512, 7, 7), whatever the size
+        return self.classifier(x.flatten(1))  # -> (N, 4096), or (N, 1000)
+
+    def forward(self, x):
+        return self.head(x if x.ndim == 2 else self.body(x))  # 2: what the frozen body gave, see Kept
+
+    def train(self, mode=True):
+        super().train(mode)
+        if self.freeze:  # what does not learn needs no dropout
+            self.features.eval(), self.classifier.eval()
+        return self
+
+
+class Kept(common.Pictures):
+    """Pictures that the frozen body sees once: a batch is what it gave, float32 (B, 4096) or (B, 1000). That
+    is kept in memory, or where it is too much in a file in the run folder, which goes with the process."""
+
+    def __init__(self, pictures, model):
+        super().__init__(pictures.pixels, pictures.labels, pictures.spec, pictures.mirror)
+        self.pictures, self.model, self.outputs, self.normalise = pictures, model, None, nn.Identity()
+        self.known = torch.zeros(len(self), dtype=torch.bool)
+
+    def batches(self, steps, args):
+        if self.outputs is None:
+            shape = len(self), self.model.head.in_features
+            if 4 * shape[0] * shape[1] <= common.IN_MEMORY:
+                self.outputs = torch.empty(shape)
+            else:
+                with tempfile.TemporaryFile(dir=args.out) as file:
+                    self.outputs = torch.from_numpy(np.memmap(file, np.float32, "w+", shape=shape))
+        needed = torch.cat(steps).cpu().unique()
+        if len(needed := needed[~self.known[needed]]):
+            self.fill(needed, args)
+        return ((self.outputs[step.cpu()], self.labels[step]) for step in steps)
+
+    @torch.no_grad()
+    def fill(self, needed, args):
+        """Run the body over the pictures at these indices, int64 (M,)."""
+        some = max(8, 2**16 // self.spec.size**2)  # pictures at once; always as many, for the same rounding
+        parts = torch.cat([needed, needed[:1].expand(-len(needed) % some)]).split(some)
+        normalise = self.pictures.normalise.to(args.device)
+        loaded = common.progress(common.batches(self.pictures, parts, args), "frozen layers", len(parts))
+        for part, (pictures, _) in zip(parts, loaded, strict=True):
+            with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp):
+                self.outputs[part] = self.model.body(normalise(pictures)).float().cpu()
+        self.known[needed] = True
+
+
+def read_weights(weights):
+    """The state_dict that `--weights` names, None for none, and the mean and std that its pictures had."""
+    if weights == "none":
+        return None, 0.5, 0.25
+    about = IMAGENET.transforms()
+    if weights == "imagenet":
+        cache = Path(torch.hub.get_dir(), "checkpoints")
+        try:
+            return IMAGENET.get_state_dict(check_hash=True), about.mean, about.std
+        except (OSError, RuntimeError) as error:
+            ways = f"put {IMAGENET.url} into {cache}, or take --weights none"
+            raise common.UserError(f"the weights do not download ({error}): {ways}") from None
+    state = common.load_tensors(weights)
+    if not isinstance(state, dict):
+        raise common.UserError(
+            f"{weights} holds a {type(state).__name__}: --weights takes a VGG16's state_dict"
+        )
+    if state.get("format") == common.FORMAT:
+        return state["model"], state["spec"]["mean"], state["spec"]["std"]
+    return state, about.mean, about.std
+
+
+def load_body(model, state, weights):
+    """Put a VGG16's weights into the network; its head stays new."""
+    own = {name: value for name, value in model.state_dict().items() if not name.startswith("head.")}
+    state = {name.removeprefix("module."): value for name, value in state.items()}  # as DataParallel has them
+    for name, value in own.items():
+        if getattr(state.get(name), "shape", None) != value.shape:
+            raise common.UserError(
+                f"--weights {weights} has no {name} {list(value.shape)}: no VGG16's weights, or other ones"
+            )
+    model.load_state_dict({name: state[name] for name in own}, strict=False)
+
+
+def build_model(spec, args):
+    """The network for pictures of this `common.Spec`; predict.py calls it too."""
+    return VGG(len(spec.classes), args.head, args.freeze)
+
+
+def main():
+    also = "Nesterov momentum, a one-cycle schedule; without --freeze, pictures mirrored and shifted"
+    parser = common.Parser(__file__, __doc__, TUNED, also, epochs=10, batch_size=64, lr=0.001)
+    parser.flag(
+        "--weights", "imagenet, none, or a file: a checkpoint, or a VGG16's state_dict", metavar="NAME"
+    )
+    parser.flag(
+        "--head", "the new layer: in the place of the last one, or behind it", choices=["replace", "add"]
+    )
+    parser.flag("--freeze", "train the new layer alone", action="store_true")
+    sizes = "side of the pictures, 32 or more (default: 224 for folders of them, else 32)"
+    parser.add_argument("--size", type=common.number(int, 32), metavar="N", help=sizes)
+    parser.set_defaults(weights="imagenet", head="replace")
+    args = parser.parse_args()
+    files = common.has_files(args)
+    size = args.size or (224 if files else 32)
+    crop = 224 / 256 if files else 1.0  # ImageNet's networks see the middle of a photo
+    if args.checkpoint:
+        spec = args.checkpoint["spec"]
+        state, mean, std = None, spec["mean"], spec["std"]
+    else:
+        state, mean, std = read_weights(args.weights)
+    train_set, test_set = common.load_data(args, "CIFAR10", size, mean=mean, std=std, crop=crop)
+
+    torch.manual_seed(args.seed)
+    model = build_model(train_set.spec, args)
+    if state:
+        load_body(model, state, args.weights)
+        del state
+    loss_fn = nn.CrossEntropyLoss()
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(learning, lr=args.lr, momentum=0.9, nesterov=args.tuned)
+    scheduler = augment = None
+    if args.tuned:
+        scheduler = common.one_cycle(optimizer, train_set, args)
+    if args.freeze:
+        train_set, test_set = Kept(train_set, model), Kept(test_set, model)
+    elif args.tuned:
+        augment = partial(common.flip_and_shift, mirror=train_set.mirror, pixels=train_set.spec.size // 16)
+
+    common.fit(model, train_set, test_set, loss_fn, optimizer, args, scheduler, augment)
+
+
+if __name__ == "__main__":
+    common.cli(main)
