@@ -12,10 +12,11 @@ learns what it would learn in one process. --recipe names a script of this folde
 my_net.py; all its flags hold here, and --batch-size counts the pictures of all processes together.
 """
 
-import contextlib
 import os
 import sys
 import tempfile
+import threading
+import time
 import zlib
 from dataclasses import asdict
 from datetime import timedelta
@@ -28,6 +29,8 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel
 
 import common
+
+TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ  # else the processes were started by hand
 
 
 class Replicas(common.Alone):
@@ -42,6 +45,13 @@ class Replicas(common.Alone):
             return network
         print(f"DataParallel: each batch is split over {gpus} GPUs")
         return nn.DataParallel(network, sorted(range(gpus), key=lambda gpu: gpu != (device.index or 0)))
+
+
+def end_with(parent):
+    """End this process when torchrun is gone: else it would train on unseen, with other machines."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 class Group(common.Alone):
@@ -61,6 +71,8 @@ class Group(common.Alone):
         while hasattr(store, "underlying_store"):  # torchrun's own, which outlives a restart
             store = store.underlying_store
         self.start = self.from_first(lambda: store.add("starts of this script", 1))
+        if TORCHRUN:
+            threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
 
     def gather(self, value):
         """What each process gives, a list in the order of their ranks."""
@@ -69,9 +81,13 @@ class Group(common.Alone):
         return values
 
     def speaks_first(self):
-        with contextlib.suppress(RuntimeError):  # the store is gone with torchrun
-            return self.store.add(f"spoken {self.start}", 1) == 1
-        return True
+        try:
+            first = self.store.add(f"spoken {self.start}", 1) == 1
+        except RuntimeError:  # the process that has the store is gone: rank 0, if torchrun has it not
+            return TORCHRUN
+        if self.rank == 0 and not TORCHRUN:
+            time.sleep(1)  # for the others to ask
+        return first
 
     def from_first(self, function):
         answer = [None, None]
@@ -129,8 +145,8 @@ class Group(common.Alone):
 
     def must_agree(self, train_set, test_set, args):
         crc = [zlib.crc32(data.labels.cpu().numpy()) for data in (train_set, test_set)]
-        free = {"data": crc, "device": None, "resume": args.resume, "recipe": args.recipe.stem}
-        everyone = self.gather({**args.settings, **free})
+        more = {"device": None, "resume": args.resume, "recipe": args.recipe.stem, "the labels' sums": crc}
+        everyone = self.gather({**args.settings, **more})
         for name in everyone[0]:
             if len(values := sorted({str(one.get(name)) for one in everyone})) > 1:
                 what = f"the processes disagree on {name}, {' and '.join(values)}"
@@ -173,8 +189,8 @@ def main():
     if args.help:
         parser.print_help()
         print("\nand all flags of the recipe:\n")
-    else:
-        common.team = Group() if int(os.environ.get("WORLD_SIZE", 1)) > 1 else Replicas()
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not args.help
+    common.team = Group() if several else Replicas()
     if args.demo:
         return demo()
     if common.team.rank:

@@ -29,20 +29,11 @@ class VGG(nn.Module):
     def __init__(self, classes, head="replace", freeze=False):
         super().__init__()
         vgg = torchvision.models.vgg16()
-        self.features, self.avgpool, self.classifier, self.freeze = (
-            vgg.features,
-            vgg.avgpool,
-            vgg.classifier,
-            freeze,
-        )
-        width = vgg.classifier[-1].out_features  # 1000
-        if head == "replace":
-            width = vgg.classifier[-1].in_features  # 4096
-            self.classifier = vgg.classifier[:-1]
-        self.head = nn.Linear(width, classes)
-        if freeze:
-            self.requires_grad_(False)
-            self.head.requires_grad_(True)
+        self.features, self.avgpool, last = vgg.features, vgg.avgpool, vgg.classifier[-1]  # 4096 -> 1000
+        self.classifier = vgg.classifier[:-1] if head == "replace" else vgg.classifier
+        self.freeze = freeze
+        self.requires_grad_(not freeze)
+        self.head = nn.Linear(last.in_features if head == "replace" else last.out_features, classes)
 
     def body(self, x):
         x = x.expand(-1, 3, -1, -1)  # a grey picture has one channel
@@ -94,26 +85,27 @@ class Kept(common.Pictures):
         self.known[needed] = True
 
 
-def read_weights(weights):
-    """The state_dict that `--weights` names, None for none, and the mean and std that its pictures had."""
+def read_weights(args):
+    """The state_dict that `--weights` names, or None, and the mean and std that its pictures had."""
+    weights = args.weights
+    if args.checkpoint:  # goes on, and has them all
+        return None, args.checkpoint["spec"]["mean"], args.checkpoint["spec"]["std"]
     if weights == "none":
         return None, 0.5, 0.25
-    about = IMAGENET.transforms()
     if weights == "imagenet":
-        cache = Path(torch.hub.get_dir(), "checkpoints")
         try:
-            return IMAGENET.get_state_dict(check_hash=True), about.mean, about.std
-        except (OSError, RuntimeError) as error:
-            ways = f"put {IMAGENET.url} into {cache}, or take --weights none"
-            raise common.UserError(f"the weights do not download ({error}): {ways}") from None
-    state = common.load_tensors(weights)
+            state = IMAGENET.get_state_dict(check_hash=True)  # from torchvision's cache, or downloaded to it
+        except Exception as error:  # no network, or half a file in the cache
+            cache = Path(torch.hub.get_dir(), "checkpoints")
+            ways = f"put the whole file {IMAGENET.url} into {cache}, or take --weights none"
+            raise common.UserError(f"no ImageNet weights ({error}): {ways}") from None
+    else:
+        state = common.load_tensors(weights)
     if not isinstance(state, dict):
-        raise common.UserError(
-            f"{weights} holds a {type(state).__name__}: --weights takes a VGG16's state_dict"
-        )
-    if state.get("format") == common.FORMAT:
+        raise common.UserError(f"{weights} is a {type(state).__name__}, and no VGG16's state_dict")
+    if state.get("format") == common.FORMAT:  # a checkpoint of this repository
         return state["model"], state["spec"]["mean"], state["spec"]["std"]
-    return state, about.mean, about.std
+    return state, IMAGENET.transforms().mean, IMAGENET.transforms().std
 
 
 def load_body(model, state, weights):
@@ -122,9 +114,7 @@ def load_body(model, state, weights):
     state = {name.removeprefix("module."): value for name, value in state.items()}  # as DataParallel has them
     for name, value in own.items():
         if getattr(state.get(name), "shape", None) != value.shape:
-            raise common.UserError(
-                f"--weights {weights} has no {name} {list(value.shape)}: no VGG16's weights, or other ones"
-            )
+            raise common.UserError(f"--weights {weights}: no VGG16, for want of {name} {list(value.shape)}")
     model.load_state_dict({name: state[name] for name in own}, strict=False)
 
 
@@ -136,12 +126,8 @@ def build_model(spec, args):
 def main():
     also = "Nesterov momentum, a one-cycle schedule; without --freeze, pictures mirrored and shifted"
     parser = common.Parser(__file__, __doc__, TUNED, also, epochs=10, batch_size=64, lr=0.001)
-    parser.flag(
-        "--weights", "imagenet, none, or a file: a checkpoint, or a VGG16's state_dict", metavar="NAME"
-    )
-    parser.flag(
-        "--head", "the new layer: in the place of the last one, or behind it", choices=["replace", "add"]
-    )
+    parser.flag("--weights", "imagenet, none, or a file: checkpoint or VGG16's state_dict", metavar="NAME")
+    parser.flag("--head", "the new layer, instead of the last one or behind it", choices=["replace", "add"])
     parser.flag("--freeze", "train the new layer alone", action="store_true")
     sizes = "side of the pictures, 32 or more (default: 224 for folders of them, else 32)"
     parser.add_argument("--size", type=common.number(int, 32), metavar="N", help=sizes)
@@ -150,11 +136,7 @@ def main():
     files = common.has_files(args)
     size = args.size or (224 if files else 32)
     crop = 224 / 256 if files else 1.0  # ImageNet's networks see the middle of a photo
-    if args.checkpoint:
-        spec = args.checkpoint["spec"]
-        state, mean, std = None, spec["mean"], spec["std"]
-    else:
-        state, mean, std = read_weights(args.weights)
+    state, mean, std = read_weights(args)
     train_set, test_set = common.load_data(args, "CIFAR10", size, mean=mean, std=std, crop=crop)
 
     torch.manual_seed(args.seed)

@@ -30,19 +30,32 @@ def start(script, *args, cwd, **options):
 def run(script, *args, cwd, status=0, before=None):
     """Run a script to its end in a warm process, after the function `before`; returns (stdout, stderr). Fails
     where its exit status is another than `status`."""
-    files = [Path(cwd, ".stdout"), Path(cwd, ".stderr")]
-    process = WARM.Process(target=_run, args=(str(ROOT / script), [*map(str, args)], str(cwd), files, before))
+    return finish(warm(script, *args, cwd=cwd, before=before), status)
+
+
+def warm(script, *args, cwd, before=None, name=""):
+    """Start a script in a warm process, after the function `before`; `name` is for several in one folder."""
+    files = [Path(cwd, f".stdout{name}"), Path(cwd, f".stderr{name}")]
+    args = (str(ROOT / script), [*map(str, args)], str(cwd), files, dict(os.environ), before)
+    process = WARM.Process(target=_run, args=args)
     process.start()
+    return process, files
+
+
+def finish(started, status):
+    """Wait for what `warm` has started; returns (stdout, stderr)."""
+    process, files = started
     process.join(100)
     process.kill()
     process.join()
     out, err = (file.read_text() for file in files)
-    assert process.exitcode == status, f"{args} exited with {process.exitcode}\n{out}\n{err}"
+    assert process.exitcode == status, f"exited with {process.exitcode}\n{out}\n{err}"
     assert status == 1 or "Traceback" not in err, err
     return out, err
 
 
-def _run(script, args, cwd, files, before):
+def _run(script, args, cwd, files, environment, before):
+    os.environ.update(environment)
     for descriptor, file in enumerate(files, 1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
     os.chdir(cwd)

@@ -1,0 +1,163 @@
+"""What a user of multi_gpu.py may rely on: two and more processes with Gloo on the CPU."""
+
+import csv
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from functools import partial
+
+import pytest
+import torch
+from conftest import ROOT, finish, one_error_line, run, warm
+
+import common
+
+SCRIPT = "multi_gpu.py"
+COLUMNS = ("epoch", "lr", "train_loss", "train_accuracy", "test_loss", "test_accuracy")
+
+
+def join(environment):
+    torch.set_num_threads(1)
+    os.environ.update(environment)
+
+
+def free_port():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def start_group(count, *args, cwd, each=lambda rank: []):
+    """Start the processes of a group as torchrun does; `each` gives further flags of a rank."""
+    port, started = free_port(), []
+    for rank in range(count):
+        environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+        environment.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        before = partial(join, {name: str(value) for name, value in environment.items()})
+        started.append(warm(SCRIPT, *args, *each(rank), cwd=cwd, before=before, name=rank))
+    return started
+
+
+def run_group(count, *args, cwd, status=0, each=lambda rank: []):
+    """Run a group to its end; returns stdout and stderr of all together."""
+    ended = [finish(started, status) for started in start_group(count, *args, cwd=cwd, each=each)]
+    return "".join(out for out, _ in ended), "".join(err for _, err in ended)
+
+
+def torchrun(*args, cwd):
+    """Start torchrun itself with two processes, in a session of its own."""
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node=2",
+        f"--master-port={free_port()}",
+    ]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    return subprocess.Popen([*command, *map(str, args)], cwd=cwd, **pipes)
+
+
+def history(folder):
+    with open(folder / "history.csv", newline="") as file:
+        return [[float(row[name]) for name in COLUMNS] for row in csv.DictReader(file)]
+
+
+def assert_close(one, other, rtol):
+    """Two run folders with the same weights and history, but for rounding."""
+    for row, twin in zip(history(one), history(other), strict=True):
+        assert row == pytest.approx(twin, rel=rtol)
+    a, b = (common.load_checkpoint(folder / "last.pt")["model"] for folder in (one, other))
+    assert a.keys() == b.keys()
+    for name in a:
+        assert (a[name] - b[name]).norm() <= rtol * b[name].norm()
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_group_learns_what_one_process_learns(tmp_path, folder, count):
+    # 60 pictures in batches of 7: the parts differ, and the last one has 4, for 3 processes 2, 1 and 1
+    args = ["--data", folder, "--epochs", 3, "--batch-size", 7, "--lr", 0.01]
+    run("lenet_cifar.py", *args, "--out", "one", cwd=tmp_path)
+    out, err = run_group(count, *args, "--out", "group", cwd=tmp_path)
+    assert err == "" and out.count("best epoch") == 1 and "60 + 21 images" in out
+    assert_close(tmp_path / "one", tmp_path / "group", 1e-5)
+    run("lenet_cifar.py", "--resume", "--epochs", 4, "--out", "group", cwd=tmp_path)  # in one process
+    run_group(2, "--resume", "--epochs", 4, "--out", "one", cwd=tmp_path)
+    assert_close(tmp_path / "one", tmp_path / "group", 1e-5)
+    run("predict.py", "one/best.pt", folder / "test/ball/0.png", cwd=tmp_path)
+
+
+def test_fewer_pictures_than_processes_still_count_once(tmp_path, folder):
+    args = ["--data", folder, "--epochs", 1, "--batch-size", 59, "--lr", 0.01]  # the last batch has 1 picture
+    run("quick_cifar.py", *args, "--out", "one", cwd=tmp_path)
+    run_group(3, "--recipe", "quick_cifar", *args, "--out", "group", cwd=tmp_path)
+    assert_close(tmp_path / "one", tmp_path / "group", 1e-5)
+
+
+def test_one_process_says_so_and_trains_as_the_recipe_does(tmp_path, folder):
+    shutil.copy(ROOT / "mnist_cnn.py", tmp_path / "my_net.py")
+    args = ["--data", folder, "--epochs", 1, "--tuned", "--amp"]
+    out, _ = run(SCRIPT, "--recipe", "my_net.py", *args, cwd=tmp_path)
+    assert "one device" in out and "--recipe my_net.py" in out
+    run(tmp_path / "my_net.py", *args, cwd=tmp_path)
+    assert_close(tmp_path / "runs/multi_gpu", tmp_path / "runs/my_net", 0)
+    run_group(2, "--recipe", "my_net.py", *args, "--out", "group", cwd=tmp_path)
+    assert len(history(tmp_path / "group")) == 1
+
+
+def test_the_demo_prints_what_replicas_and_caller_see(tmp_path):
+    out, _ = run(SCRIPT, "--demo", cwd=tmp_path)
+    inside = [line for line in out.splitlines() if "in the model" in line]
+    assert [line.split("input ")[1] for line in inside] == ["[30, 5], output [30, 2]"] * 3 + [
+        "[10, 5], output [10, 2]"
+    ]
+    assert out.count("outside: 30 rows") == 3 and out.count("outside: 10 rows") == 1
+    out, _ = run_group(2, "--demo", cwd=tmp_path)
+    assert out.count("input [15, 5], output [15, 2]") == 12 and out.count("input [5, 5]") == 4
+
+
+def test_help_has_the_flags_of_the_recipe_too(tmp_path):
+    out, _ = run(SCRIPT, "--recipe", "quick_cifar", "--help", cwd=tmp_path)
+    text = " ".join(out.split())
+    assert "--activation" in text and "--demo" in text and "over all processes" in text
+
+
+def test_bad_use_is_one_message_of_one_process(tmp_path, folder):
+    def refused(*args, parts, each=lambda rank: []):
+        _, err = run_group(2, "--data", folder, *args, cwd=tmp_path, status=2, each=each)
+        one_error_line(err, *parts)
+
+    refused("--epochs", 0, parts=["--epochs"])
+    refused("--epochs", 1, each=lambda rank: ["--lr", [0.1, 0.2][rank]], parts=["lr", "0.1 and 0.2"])
+    refused("--epochs", 1, each=lambda rank: ["--data", [folder, "drawn"][rank]], parts=["data"])
+    refused("--data", tmp_path / "missing/train.csv", "--data", "/dev/null", parts=["is a file"])
+    refused("--recipe", "resnet", parts=["resnet", "--recipe"])
+    refused("--out", "/dev/null/x", parts=["/dev/null/x", "--out"])
+
+
+def test_a_raising_worker_ends_the_others_and_is_the_one_that_speaks(tmp_path, folder):
+    text = (ROOT / "lenet_cifar.py").read_text()
+    line, bug = "        x = x.flatten(1)", "; int(__import__('os').environ['RANK']) and 1 / 0"
+    (tmp_path / "my_net.py").write_text(text.replace(line, line + bug))
+    process = torchrun(ROOT / SCRIPT, "--recipe", "my_net.py", "--data", folder, cwd=tmp_path)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert err.index("ZeroDivisionError: division by zero") < err.index("Root Cause")
+    assert "another process is gone" not in err
+
+
+def test_a_killed_worker_comes_back_and_the_run_ends_as_if_nothing_had_been(tmp_path, folder):
+    args = ["--data", folder, "--epochs", 40, "--batch-size", 4]
+    run_group(2, *args, "--out", "calm", cwd=tmp_path)
+    process = torchrun("--max-restarts=3", ROOT / SCRIPT, *args, "--out", "killed", cwd=tmp_path)
+    while not (tmp_path / "killed/last.pt").exists():
+        time.sleep(0.02)
+    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True)
+    os.kill(max(map(int, listed.stdout.split())), signal.SIGKILL)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert out.count("lenet_cifar on cpu") == 2  # it was started twice
+    assert_close(tmp_path / "calm", tmp_path / "killed", 0)

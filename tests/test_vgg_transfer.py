@@ -1,0 +1,217 @@
+"""What a user of vgg_transfer.py may rely on besides what all recipes share."""
+
+import csv
+import types
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import torchvision
+from conftest import one_error_line, run
+from torch import nn
+
+import common
+import vgg_transfer
+
+SCRIPT = "vgg_transfer.py"
+
+
+def first_blocks():
+    """Two narrow blocks of VGG16 in its place: 1/1000 of the work."""
+
+    def vgg16():
+        features = torchvision.models.vgg.make_layers([16, 16, "M", 32, 32, "M"])
+        middle = (nn.ReLU(), nn.Dropout(0.1), nn.Linear(128, 128), nn.ReLU(), nn.Dropout(0.1))
+        classifier = nn.Sequential(nn.Linear(32 * 16, 128), *middle, nn.Linear(128, 100))
+        for layer in (*features, *classifier):
+            if hasattr(layer, "weight"):
+                nn.init.kaiming_normal_(layer.weight)
+        return types.SimpleNamespace(
+            features=features, avgpool=nn.AdaptiveAvgPool2d(4), classifier=classifier
+        )
+
+    torchvision.models.vgg16 = vgg16
+
+
+def accuracy(folder):
+    with open(folder / "history.csv", newline="") as file:
+        return float(list(csv.DictReader(file))[-1]["test_accuracy"])
+
+
+def test_imagenet_weights_come_from_torchvisions_cache_and_bring_their_normalisation(
+    tmp_path, folder, monkeypatch
+):
+    torch.manual_seed(7)
+    with torch.device("meta"):
+        shapes = torchvision.models.vgg16().state_dict()
+    state = {name: torch.randn(1).expand(value.shape) / 1000 for name, value in shapes.items()}
+    cache = tmp_path / "hub/checkpoints"
+    cache.mkdir(parents=True)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    args = (
+        "--data",
+        folder,
+        "--freeze",
+        "--size",
+        32,
+        "--epochs",
+        1,
+        "--limit-batches",
+        1,
+        "--batch-size",
+        4,
+    )
+    _, err = run(SCRIPT, *args, cwd=tmp_path, status=2)
+    one_error_line(err, str(cache), vgg_transfer.IMAGENET.url, "--weights none")
+
+    torch.save(state, cache / "vgg16-397923af.pth")
+    run(SCRIPT, *args, cwd=tmp_path)
+    checkpoint = common.load_checkpoint(tmp_path / "runs/vgg_transfer/last.pt")
+    weights = checkpoint["model"]
+    for name in ("features.0.weight", "features.28.bias", "classifier.0.weight", "classifier.3.bias"):
+        assert torch.equal(weights[name], state[name])
+    assert weights["head.weight"].shape == (3, 4096) and "classifier.6.weight" not in weights
+    assert checkpoint["spec"]["mean"] == [0.485, 0.456, 0.406] and checkpoint["spec"]["crop"] == 0.875
+    (cache / "vgg16-397923af.pth").write_bytes(b"half a file")
+    _, err = run(SCRIPT, *args, cwd=tmp_path, status=2)
+    one_error_line(err, str(cache))
+
+
+def test_photos_are_cut_as_the_weights_expect():
+    photo = np.random.default_rng(0).integers(256, size=(30, 40, 3), dtype=np.uint8)
+    photo = cv2.GaussianBlur(cv2.resize(photo, (400, 300)), (0, 0), 3)
+    spec = common.Spec(["a", "b"], 224, crop=224 / 256)
+    expected = vgg_transfer.IMAGENET.transforms()(torch.from_numpy(photo).movedim(-1, 0))
+    about = vgg_transfer.IMAGENET.transforms()
+    spec.mean, spec.std = about.mean, about.std
+    found = common.Normalise(spec)(torch.from_numpy(common.prepare(photo, spec)).movedim(-1, 0)[None])[0]
+    assert (found - expected).abs().mean() < 0.05
+
+
+@pytest.mark.parametrize(
+    ("head", "freeze"),
+    [("replace", []), ("replace", ["--freeze", "--tuned"]), ("add", ["--freeze"]), ("add", ["--tuned"])],
+)
+def test_both_heads_frozen_or_not_save_resume_exactly_and_predict(tmp_path, folder, head, freeze):
+    args = ["--data", folder, "--weights", "none", "--head", head, *freeze, "--size", 32, "--batch-size", 8]
+    args += ["--limit-batches", 4]
+    run(SCRIPT, *args, "--epochs", 3, "--out", "unbroken", cwd=tmp_path, before=first_blocks)
+    run(
+        SCRIPT,
+        *args,
+        "--epochs",
+        3,
+        "--out",
+        "broken",
+        cwd=tmp_path,
+        before=stop_after_two_epochs,
+        status=130,
+    )
+    run(SCRIPT, "--resume", "--out", "broken", cwd=tmp_path, before=first_blocks)
+    one, other = (common.load_checkpoint(tmp_path / name / "last.pt") for name in ("unbroken", "broken"))
+    for name in one["model"]:
+        assert torch.equal(one["model"][name], other["model"][name])
+    if "--freeze" in freeze:
+        torch.manual_seed(0)
+        first_blocks()
+        start = vgg_transfer.VGG(3, head).state_dict()
+        assert all(torch.equal(one["model"][name], start[name]) == (name[:4] != "head") for name in start)
+    picture = folder / "test/ball/0.png"
+    out, _ = run("predict.py", "broken/best.pt", picture, cwd=tmp_path, before=first_blocks)
+    assert out.startswith(f"{picture}: ")
+
+
+def stop_after_two_epochs():
+    first_blocks()
+    whole = common.train_one_epoch
+
+    def train_one_epoch(model, data, loss_fn, optimizer, args, epoch, *more):
+        if epoch == 3:
+            raise KeyboardInterrupt
+        return whole(model, data, loss_fn, optimizer, args, epoch, *more)
+
+    common.train_one_epoch = train_one_epoch
+
+
+@pytest.fixture(scope="module")
+def two_tasks(tmp_path_factory):
+    """Folders of drawn digits: many 0 to 4, and a few 5 to 9."""
+    root = tmp_path_factory.mktemp("tasks")
+    for part, some in (("train", 2000), ("test", 600)):
+        data = common.drawn_digits(common.Spec([], 32), part)
+        for i in range(some):
+            label = int(data.labels[i])
+            if label > 4 and part == "train" and i >= 300:
+                continue
+            file = root / ("many" if label < 5 else "few") / part / str(label) / f"{i}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            cv2.imwrite(str(file), data.pixels[i].numpy())
+    return root
+
+
+def test_what_was_learnt_on_one_task_helps_with_another(tmp_path, two_tasks):
+    def train(task, weights, *flags):
+        args = ["--data", two_tasks / task, "--weights", weights, "--size", 32, "--batch-size", 32, *flags]
+        run(SCRIPT, *args, "--out", tmp_path / "run", cwd=tmp_path, before=first_blocks)
+        return accuracy(tmp_path / "run")
+
+    head_alone = ("--freeze", "--epochs", 10, "--lr", 0.02)
+    from_random = train("few", "none", *head_alone)
+    assert train("many", "none", "--epochs", 8, "--lr", 0.01) > 0.9
+    (tmp_path / "run").rename(tmp_path / "many")
+    from_many = train("few", "many/best.pt", *head_alone)
+    assert from_many > from_random + 0.3
+    plain = common.load_checkpoint(tmp_path / "many/best.pt")["model"]
+    torch.save({f"module.{name}": value for name, value in plain.items()}, tmp_path / "plain.pt")
+    assert train("few", "plain.pt", *head_alone) > from_random + 0.1  # with ImageNet's normalisation
+
+
+@pytest.mark.parametrize("room", [2**31, 0])  # bytes: in memory, in a file
+def test_the_frozen_part_sees_every_picture_once(tmp_path, monkeypatch, room):
+    seen = []
+
+    class Model(nn.Module):
+        head = nn.Linear(3, 2)
+
+        def body(self, pictures):
+            seen.append(len(pictures))
+            return pictures.mean((2, 3))
+
+    monkeypatch.setattr(common, "IN_MEMORY", room)
+    pixels = torch.randint(256, (150, 32, 32, 3), dtype=torch.uint8)
+    data = common.Pictures(pixels, torch.arange(150) % 2, common.Spec(["a", "b"], 32))
+    kept = vgg_transfer.Kept(data, Model())
+    args = types.SimpleNamespace(device=torch.device("cpu"), amp=False, out=tmp_path)
+    for steps in (torch.arange(150).split(60), torch.randperm(150).split(11)):
+        for step, (outputs, labels) in zip(steps, common.batches(kept, steps, args), strict=True):
+            expected = data.normalise(data[step][0]).mean((2, 3))
+            torch.testing.assert_close(outputs, expected)
+            assert torch.equal(labels, data.labels[step])
+    assert sum(seen) == 192  # 150 in three parts of 64, the last one filled up
+    assert not list(tmp_path.iterdir())  # the file has no name: nothing is left, however the process ends
+
+
+def test_a_downloaded_data_set_takes_another_size_picture_by_picture(tmp_path):
+    class Tiny:  # as torchvision.datasets.CIFAR10 is
+        def __init__(self, folder, train):
+            self.data = np.random.default_rng(0).integers(256, size=(12, 32, 32, 3), dtype=np.uint8)
+            self.targets, self.classes = [0, 1] * 6, ["a", "b"]
+
+    spec = common.Spec([], 48, crop=1.0)
+    train, _ = common.read_torchvision(Tiny, tmp_path, ("train", "test"), spec)
+    assert train.streamed and train[torch.tensor([1, 2])][0].shape == (2, 3, 48, 48)
+    expected = torch.from_numpy(cv2.resize(Tiny(0, 0).data[5], (48, 48)))
+    assert torch.equal(train[5][0].movedim(0, -1), expected)
+
+
+def test_other_weights_are_refused_in_one_line(tmp_path, folder):
+    args = ("--data", folder, "--size", 32, "--epochs", 1)
+    torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "linear.pt")
+    torch.save([1], tmp_path / "list.pt")
+    for name, part in (("linear.pt", "features.0.weight"), ("list.pt", "list"), ("none.pt", "cannot open")):
+        _, err = run(SCRIPT, *args, "--weights", name, cwd=tmp_path, status=2, before=first_blocks)
+        one_error_line(err, name, part)
+    _, err = run(SCRIPT, *args, "--size", 31, cwd=tmp_path, status=2)
+    one_error_line(err, "--size", "31")
