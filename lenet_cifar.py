@@ -27,9 +27,8 @@ class LeNet(nn.Module):
         self.conv1 = nn.Conv2d(channels, 6, 5)
         self.conv2 = nn.Conv2d(6, 16, 5)
         self.pool = nn.MaxPool2d(2)
-        side = (
-            (size - 4) // 2 - 4
-        ) // 2  # a 5x5 convolution takes 4 off, pooling halves: 32 -> 28 -> 14 -> 10 -> 5
+        # A 5x5 convolution takes 4 pixels off, pooling halves: 32 -> 28 -> 14 -> 10 -> 5.
+        side = ((size - 4) // 2 - 4) // 2
         self.fc1 = nn.Linear(16 * side * side, 120)
         self.fc2 = nn.Linear(120, 84)
         self.fc3 = nn.Linear(84, classes)

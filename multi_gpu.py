@@ -64,9 +64,7 @@ class Group(common.Alone):
         except (RuntimeError, ValueError) as error:
             address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             why = str(error).splitlines()[0]
-            raise common.UserError(
-                f"no group of processes at {address}, is the first one up? ({why})"
-            ) from None
+            raise common.UserError(f"nobody answers at {address}, is rank 0 up? ({why})") from None
         self.local, self.store = int(os.environ.get("LOCAL_RANK", 0)), store
         while hasattr(store, "underlying_store"):  # torchrun's own, which outlives a restart
             store = store.underlying_store
@@ -86,7 +84,7 @@ class Group(common.Alone):
         except RuntimeError:  # the process that has the store is gone: rank 0, if torchrun has it not
             return TORCHRUN
         if self.rank == 0 and not TORCHRUN:
-            time.sleep(1)  # for the others to ask
+            time.sleep(0.3)  # for the others to ask
         return first
 
     def from_first(self, function):
@@ -104,28 +102,20 @@ class Group(common.Alone):
     def read_once(self, read):
         """One process a machine reads, and leaves a file that all of them map: the pixels are in a machine's
         memory once, in its page cache, however many processes look at them."""
-        path = error = None
-        if self.local == 0:
-            try:
-                sets = [(data.pixels, data.labels, asdict(data.spec), data.mirror) for data in read()]
-                with tempfile.NamedTemporaryFile(delete=False) as file:
-                    path = file.name
-                    torch.save(sets, file)
-                del sets
-            except (common.UserError, OSError) as problem:
-                error = problem
-        everyone = self.gather((path, error))
-        if errors := [error for _, error in everyone if error]:
-            raise errors[0]
-        mine = everyone[self.rank - self.local][0]  # torchrun numbers a machine's processes in a row
-        sets = torch.load(mine, mmap=True, weights_only=True)
-        self.gather(None)  # until all have it open
-        if path:
-            os.unlink(path)
-        return [
-            common.Pictures(pixels, labels, common.Spec(**spec), mirror)
-            for pixels, labels, spec, mirror in sets
-        ]
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            path, error = os.path.join(folder, "data.pt"), None
+            if self.local == 0:
+                try:
+                    torch.save([(d.pixels, d.labels, asdict(d.spec), d.mirror) for d in read()], path)
+                except (common.UserError, OSError, RuntimeError) as problem:  # RuntimeError: the disk is full
+                    error = common.UserError(str(problem))
+            everyone = self.gather((path, error))
+            if errors := [error for _, error in everyone if error]:
+                raise errors[0]
+            mine = everyone[self.rank - self.local][0]  # torchrun numbers a machine's processes in a row
+            sets = torch.load(mine, mmap=True, weights_only=True)
+            self.gather(None)  # until all have it open: then its name can go
+        return [common.Pictures(pixels, labels, common.Spec(**spec), m) for pixels, labels, spec, m in sets]
 
     def share(self, step):
         part = step.tensor_split(self.size)[self.rank]

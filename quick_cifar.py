@@ -23,22 +23,19 @@ ACTIVATIONS = {"relu": nn.ReLU, "sigmoid": nn.Sigmoid, "tanh": nn.Tanh}
 class Quick(nn.Module):
     def __init__(self, channels, size, classes, activation):
         super().__init__()
-        act = [ACTIVATIONS[activation]()] if activation != "none" else []
-        self.features = nn.Sequential(
-            *(
-                nn.Conv2d(channels, 32, 5, padding=2),
-                nn.MaxPool2d(2),
-                *act,
-            ),  # (N, 3, 32, 32) -> (N, 32, 16, 16)
-            *(nn.Conv2d(32, 32, 5, padding=2), nn.MaxPool2d(2), *act),  # -> (N, 32, 8, 8)
-            *(nn.Conv2d(32, 64, 5, padding=2), nn.MaxPool2d(2), *act),  # -> (N, 64, 4, 4)
-        )
-        self.classifier = nn.Sequential(
-            nn.Flatten(), nn.Linear(64 * (size // 8) ** 2, 64), nn.Linear(64, classes)
-        )
+        layers = []
+        for wide, wider in ((channels, 32), (32, 32), (32, 64)):
+            layers += [nn.Conv2d(wide, wider, 5, padding=2), nn.MaxPool2d(2)]
+            if activation != "none":
+                layers.append(ACTIVATIONS[activation]())
+        self.features = nn.Sequential(*layers)
+        self.fc1 = nn.Linear(64 * (size // 8) ** 2, 64)
+        self.fc2 = nn.Linear(64, classes)
 
     def forward(self, x):
-        return self.classifier(self.features(x))
+        x = self.features(x)  # (N, 3, 32, 32) -> (N, 32, 16, 16) -> (N, 32, 8, 8) -> (N, 64, 4, 4)
+        x = self.fc1(x.flatten(1))  # (N, 1024) -> (N, 64)
+        return self.fc2(x)  # (N, classes)
 
 
 def build_model(spec, args):
@@ -50,7 +47,7 @@ def build_model(spec, args):
 def log_pictures(log, epoch, model, data, device):
     """Show TensorBoard the input, the graph, a picture's way through the layers, and predictions."""
     pictures, labels = data[torch.arange(min(32, len(data)), device=data.labels.device)]
-    x = data.normalise.to(device)(pictures.to(device))
+    x = data.normaliser().to(device)(pictures.to(device))
     names = data.spec.classes
     if epoch == 1:
         log.add_image("input", torchvision.utils.make_grid(pictures), 0)

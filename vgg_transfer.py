@@ -31,7 +31,9 @@ class VGG(nn.Module):
         vgg = torchvision.models.vgg16()
         self.features, self.avgpool, last = vgg.features, vgg.avgpool, vgg.classifier[-1]  # 4096 -> 1000
         self.classifier = vgg.classifier[:-1] if head == "replace" else vgg.classifier
-        self.freeze = freeze
+        for layer in self.classifier if freeze else []:
+            if isinstance(layer, nn.Dropout):
+                layer.p = 0.0  # what does not learn needs none
         self.requires_grad_(not freeze)
         self.head = nn.Linear(last.in_features if head == "replace" else last.out_features, classes)
 
@@ -43,12 +45,6 @@ class VGG(nn.Module):
     def forward(self, x):
         return self.head(x if x.ndim == 2 else self.body(x))  # 2: what the frozen body gave, see Kept
 
-    def train(self, mode=True):
-        super().train(mode)
-        if self.freeze:  # what does not learn needs no dropout
-            self.features.eval(), self.classifier.eval()
-        return self
-
 
 class Kept(common.Pictures):
     """Pictures that the frozen body sees once: a batch is what it gave, float32 (B, 4096) or (B, 1000). That
@@ -56,8 +52,11 @@ class Kept(common.Pictures):
 
     def __init__(self, pictures, model):
         super().__init__(pictures.pixels, pictures.labels, pictures.spec, pictures.mirror)
-        self.pictures, self.model, self.outputs, self.normalise = pictures, model, None, nn.Identity()
+        self.pictures, self.model, self.outputs = pictures, model, None
         self.known = torch.zeros(len(self), dtype=torch.bool)
+
+    def normaliser(self):
+        return nn.Identity()
 
     def batches(self, steps, args):
         if self.outputs is None:
@@ -77,7 +76,7 @@ class Kept(common.Pictures):
         """Run the body over the pictures at these indices, int64 (M,)."""
         some = max(8, 2**16 // self.spec.size**2)  # pictures at once; always as many, for the same rounding
         parts = torch.cat([needed, needed[:1].expand(-len(needed) % some)]).split(some)
-        normalise = self.pictures.normalise.to(args.device)
+        normalise = self.pictures.normaliser().to(args.device)
         loaded = common.progress(common.batches(self.pictures, parts, args), "frozen layers", len(parts))
         for part, (pictures, _) in zip(parts, loaded, strict=True):
             with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp):
@@ -87,12 +86,11 @@ class Kept(common.Pictures):
 
 def read_weights(args):
     """The state_dict that `--weights` names, or None, and the mean and std that its pictures had."""
-    weights = args.weights
     if args.checkpoint:  # goes on, and has them all
         return None, args.checkpoint["spec"]["mean"], args.checkpoint["spec"]["std"]
-    if weights == "none":
+    if args.weights == "none":
         return None, 0.5, 0.25
-    if weights == "imagenet":
+    if args.weights == "imagenet":
         try:
             state = IMAGENET.get_state_dict(check_hash=True)  # from torchvision's cache, or downloaded to it
         except Exception as error:  # no network, or half a file in the cache
@@ -100,9 +98,9 @@ def read_weights(args):
             ways = f"put the whole file {IMAGENET.url} into {cache}, or take --weights none"
             raise common.UserError(f"no ImageNet weights ({error}): {ways}") from None
     else:
-        state = common.load_tensors(weights)
+        state = common.load_tensors(args.weights)
     if not isinstance(state, dict):
-        raise common.UserError(f"{weights} is a {type(state).__name__}, and no VGG16's state_dict")
+        raise common.UserError(f"{args.weights} is a {type(state).__name__}, and no VGG16's state_dict")
     if state.get("format") == common.FORMAT:  # a checkpoint of this repository
         return state["model"], state["spec"]["mean"], state["spec"]["std"]
     return state, IMAGENET.transforms().mean, IMAGENET.transforms().std

@@ -4,7 +4,9 @@ import argparse
 import hashlib
 import http.server
 import io
+import os
 import pickle
+import shutil
 import tarfile
 import threading
 import time
@@ -102,6 +104,36 @@ def test_a_set_too_large_for_memory_streams_and_gives_the_same(folder, monkeypat
         assert torch.equal(pictures, same_pictures) and torch.equal(labels, same_labels)
     assert torch.equal(whole[5][0], streamed[5][0])
     assert len(test_set.subset(torch.tensor([1, 2]))[[0, 1]][0]) == 2
+
+
+def test_a_picture_that_goes_bad_while_it_is_streamed_is_named_in_one_line(tmp_path, folder):
+    shutil.copytree(folder, tmp_path / "mine")
+    _, err = run("lenet_cifar.py", "--data", "mine", cwd=tmp_path, before=lose_a_picture, status=2)
+    one_error_line(err, "mine/train/ball/0.png cannot be read any more", "no epoch is whole yet")
+    assert "Original Traceback" not in err
+
+
+def lose_a_picture():
+    common.IN_MEMORY, read = 0, common.read_files
+
+    def read_files(*args, **options):
+        sets = read(*args, **options)
+        os.remove("mine/train/ball/0.png")
+        return sets
+
+    common.read_files = read_files
+
+
+def test_a_csv_may_test_on_some_of_the_classes_and_a_folder_may_not(folder, tmp_path):
+    for part, kinds in (("train", ("ball", "lying")), ("test", ("ball",))):
+        rows = [
+            f"{folder / part / kind / str(i)}{end},{kind},x"
+            for kind in kinds
+            for i, end in enumerate([".png", ".jpg"])
+        ]
+        (tmp_path / f"{part}.csv").write_text("\n".join(["Picture,Kind,more", *rows]))
+    _, test = common.load_data(flags(data=tmp_path), "CIFAR10", size=32)
+    assert test.spec.classes == ["ball", "lying"] and test.labels.tolist() == [0, 0]
 
 
 def test_pictures_of_one_size_keep_it_and_grey_ones_their_channel(tmp_path):

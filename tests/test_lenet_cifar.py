@@ -76,7 +76,7 @@ def test_tuned_learns_drawn_digits_in_three_epochs(tmp_path):
 
 def test_a_terminal_gets_a_progress_bar_with_epoch_loss_and_accuracy(tmp_path):
     ours, theirs = pty.openpty()
-    args = ("--data", "drawn", "--epochs", 1, "--batch-size", 4, "--limit-batches", 1500)
+    args = ("--data", "drawn", "--epochs", 1, "--batch-size", 4, "--limit-batches", 900)
     process = start(SCRIPT, *args, cwd=tmp_path, stderr=theirs, stdout=subprocess.DEVNULL)
     os.close(theirs)
     shown = b""
@@ -90,14 +90,14 @@ def test_a_terminal_gets_a_progress_bar_with_epoch_loss_and_accuracy(tmp_path):
 
 @pytest.mark.parametrize("flags", [[], ["--tuned"]])
 def test_a_run_killed_and_resumed_ends_as_the_unbroken_one(tmp_path, folder, flags):
-    args = ["--data", folder, "--epochs", 30, "--batch-size", 2, *flags]
+    args = ["--data", folder, "--epochs", 15, "--batch-size", 2, *flags]
     run(SCRIPT, *args, "--out", "unbroken", cwd=tmp_path)
     process = start(SCRIPT, *args, "--out", "broken", cwd=tmp_path)
     while not (tmp_path / "broken/last.pt").exists():
         time.sleep(0.01)
     process.kill()
     process.communicate()
-    assert len(load(tmp_path / "broken/last.pt")["history"]) < 30
+    assert len(load(tmp_path / "broken/last.pt")["history"]) < 15
     run(SCRIPT, "--resume", "--out", "broken", cwd=tmp_path)
     assert_same_run(tmp_path / "unbroken", tmp_path / "broken")
 
@@ -234,6 +234,9 @@ def test_bad_folders_are_one_line_and_status_2(tmp_path, folder):
     refused("mine", "6 unreadable", "bad0.png", "bad4.png", "--skip-bad")
     out, _ = run(SCRIPT, "--data", mine, "--skip-bad", "--epochs", 1, cwd=tmp_path)
     assert "train: 6 unreadable pictures left out" in out and "60 + 21 images" in out
+    for file in (mine / "test").glob("*/*"):
+        file.write_text("no picture")
+    refused("mine", "no readable picture to test", "ball", flags=["--skip-bad"])
     for part in ("train", "test"):
         for kind in ("lying", "standing"):
             shutil.rmtree(mine / part / kind)
@@ -243,3 +246,19 @@ def test_bad_folders_are_one_line_and_status_2(tmp_path, folder):
     (tmp_path / "loose").mkdir()
     shutil.copy(folder / "train/ball/0.png", tmp_path / "loose")
     refused("loose", "train/<class>/")
+    refused("loose/0.png", "loose/0.png is a file")
+    (tmp_path / "loose").rename(tmp_path / "train")
+    refused(".", "no class folders in train")
+
+
+def test_strange_names_are_classes_as_any_others(tmp_path, folder):
+    names = {"ball": "a$x$ _{b", "lying": os.fsdecode(b"caf\xe9"), "standing": "\u72ac " * 9}
+    for part in ("train", "test"):
+        for name, strange in names.items():
+            shutil.copytree(folder / part / name, tmp_path / "mine" / part / strange)
+            (tmp_path / "mine" / part / strange / ".hidden.png").write_text("no picture")
+    out, _ = run(SCRIPT, "--data", "mine", "--epochs", 1, cwd=tmp_path)
+    assert "a$x$ _{b" in out and "3 classes, 60 + 21 images" in out
+    args = ("runs/lenet_cifar/best.pt", "mine/test", "--csv", "t.csv", "--figure", "f.png")
+    out, _ = run("predict.py", *args, cwd=tmp_path)
+    assert len(out.splitlines()) == 21 and (tmp_path / "f.png").exists()

@@ -7,16 +7,14 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import run, start
+from conftest import run
 
 import common
 import mnist_cnn
 
 
 def test_one_batch_of_drawn_digits(tmp_path):
-    process = start("mnist_cnn.py", "--data", "drawn", "--epochs", 1, "--limit-batches", 1, cwd=tmp_path)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
+    run("mnist_cnn.py", "--data", "drawn", "--epochs", 1, "--limit-batches", 1, cwd=tmp_path)
     spec = common.load_checkpoint(tmp_path / "runs/mnist_cnn/last.pt")["spec"]
     assert (spec["size"], spec["channels"]) == (28, 1)
 
@@ -70,6 +68,21 @@ def test_a_picture_is_padded_as_in_training_and_turned_light_on_dark():
     photo = cv2.cvtColor(cv2.resize(grey_paper, (600, 400)), cv2.COLOR_GRAY2RGB)
     found = common.prepare(photo, spec)[..., 0]
     assert found[16, 15] > 200 and found[16, 4] < 100 and found[0, 0] == 0
+
+
+def test_each_picture_is_turned_scaled_moved_and_mirrored_by_its_own_draw():
+    picture = torch.zeros(1, 1, 28, 28)
+    picture[:, :, 8:20, 6:10] = 1  # an upright bar, left of the middle
+    some = picture.expand(300, 1, 28, 28)
+    found = mnist_cnn.turn_and_shift(some, torch.Generator().manual_seed(0), mirror=False)
+    assert found.shape == some.shape and len({bytes(one.numpy()) for one in found}) == 300
+    mass = found.sum((1, 2, 3)) / 48
+    assert 0.8 < mass.min() < 0.9 and 1.1 < mass.max() < 1.25  # 8 % a side
+    column = (found.sum((1, 2)) * torch.arange(28)).sum(1) / found.sum((1, 2, 3))
+    assert 7.5 - 3 < column.min() < 7 and 8 < column.max() < 7.5 + 3
+    found = mnist_cnn.turn_and_shift(some, torch.Generator().manual_seed(0), mirror=True)
+    right = (found[..., 14:].sum((1, 2, 3)) > found[..., :14].sum((1, 2, 3))).float().mean()
+    assert 0.4 < right < 0.6
 
 
 def test_the_networks_have_the_sources_shapes():

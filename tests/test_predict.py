@@ -1,8 +1,11 @@
 """What a user of predict.py may rely on."""
 
 import csv
+import json
 import pickle
 import shutil
+import subprocess
+import sys
 
 import cv2
 import numpy as np
@@ -37,7 +40,7 @@ def test_every_kind_of_picture_is_classified_as_its_plain_png(trained, tmp_path)
     image.convert("L").save(tmp_path / "grey.jpg")
     image.convert("CMYK").save(tmp_path / "cmyk.jpg", quality=95)
     image.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "exif.jpg", exif=turned, quality=95)
-    image.resize((8000, 6000)).save(tmp_path / "large.png")
+    image.resize((8000, 6000), Image.Resampling.NEAREST).save(tmp_path / "large.jpg")
     image.resize((1, 1)).save(tmp_path / "dot.png")
     out, _ = run("predict.py", trained / "best.pt", tmp_path, "--top", 99, "--csv", "t.csv", cwd=tmp_path)
     assert len(out.splitlines()) == 11
@@ -120,6 +123,38 @@ def test_a_copied_recipe_with_another_network_needs_no_other_change(tmp_path, fo
     one_error_line(err, "another network")
 
 
+def test_an_exported_network_opens_with_torch_alone_and_gives_the_same(trained, tmp_path, folder):
+    run("predict.py", trained / "best.pt", "--export", "m.pt2", cwd=tmp_path)
+    args = (trained / "best.pt", folder / "test", "--top", 3, "--csv", "t.csv", "--export", "m.pt2")
+    run("predict.py", *args, cwd=tmp_path)
+    with open(tmp_path / "t.csv", newline="") as file:
+        table = list(csv.DictReader(file))
+    _, spec = predict.load_model(trained / "best.pt", None, torch.device("cpu"))
+    files = common.find_pictures(folder / "test")
+    pictures = np.stack([common.prepare(common.decode(file), spec) for file in files]).transpose(0, 3, 1, 2)
+    (tmp_path / "empty").mkdir()
+    shutil.copy(tmp_path / "m.pt2", tmp_path / "empty")
+    np.save(tmp_path / "empty/pictures.npy", pictures)
+    script = """if True:
+        import json, numpy, sys, torch
+        about = {"about.json": ""}
+        model = torch.export.load("m.pt2", extra_files=about).module()
+        pictures = torch.from_numpy(numpy.load("pictures.npy"))
+        one_by_one = torch.cat([model(picture[None]) for picture in pictures])
+        torch.testing.assert_close(model(pictures), one_by_one, atol=1e-5, rtol=0)
+        assert not {"common", "predict", "lenet_cifar", "torchvision"} & {*sys.modules}
+        print(json.dumps([json.loads(about["about.json"])["classes"], one_by_one.tolist()]))
+    """
+    command = [sys.executable, "-c", script]
+    found = subprocess.run(command, cwd=tmp_path / "empty", capture_output=True, text=True, check=True).stdout
+    classes, probabilities = json.loads(found)
+    rows = {(row["file"], row["class"]): float(row["probability"]) for row in table}
+    assert len(rows) == 63
+    for file, values in zip(files, probabilities, strict=True):
+        for name, value in zip(classes, values, strict=True):
+            assert rows[str(file), name] == pytest.approx(value, abs=1e-5)
+
+
 def test_bad_use_is_one_line_and_status_2(trained, tmp_path):
     (tmp_path / "nothing").mkdir()
     for args, part in (
@@ -128,6 +163,9 @@ def test_bad_use_is_one_line_and_status_2(trained, tmp_path):
         ((trained / "best.pt", "x.png", "--device", "cuda:77"), "cuda:77"),
         ((trained / "best.pt", "x.png", "--recipe", "none.py"), "none.py"),
         ((trained / "best.pt",), "PICTURE"),
+        ((trained / "best.pt", "x.png", "--recipe", trained / "history.csv"), "Python script"),
+        ((trained / "best.pt", "x.png", "--figure", "x.bmp"), ".png"),
+        ((trained / "best.pt", "--export", "missing/m.pt2"), "missing/m.pt2"),
     ):
         _, err = run("predict.py", *args, cwd=tmp_path, status=2)
         one_error_line(err, part)

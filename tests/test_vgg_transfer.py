@@ -186,7 +186,7 @@ def test_the_frozen_part_sees_every_picture_once(tmp_path, monkeypatch, room):
     args = types.SimpleNamespace(device=torch.device("cpu"), amp=False, out=tmp_path)
     for steps in (torch.arange(150).split(60), torch.randperm(150).split(11)):
         for step, (outputs, labels) in zip(steps, common.batches(kept, steps, args), strict=True):
-            expected = data.normalise(data[step][0]).mean((2, 3))
+            expected = data.normaliser()(data[step][0]).mean((2, 3))
             torch.testing.assert_close(outputs, expected)
             assert torch.equal(labels, data.labels[step])
     assert sum(seen) == 192  # 150 in three parts of 64, the last one filled up
