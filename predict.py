@@ -13,7 +13,6 @@ model.pt2 opens with torch alone. It takes uint8 pictures (N, C, H, W) and gives
 
 import argparse
 import csv
-import importlib.util
 import json
 import os
 import sys
@@ -89,25 +88,16 @@ def main():
     parser = common.OneLineParser(__doc__)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="best.pt or last.pt of a run folder")
     parser.add_argument("pictures", metavar="PICTURE", nargs="*", help="files, and folders of pictures")
-    parser.add_argument(
-        "--recipe", metavar="FILE", help="the script that made the checkpoint, if it is your own"
-    )
-    parser.add_argument(
-        "--top", metavar="K", type=common.number(int), default=1, help="classes a picture (default: 1)"
-    )
+    parser.add_argument("--recipe", metavar="FILE", help="the script that made the checkpoint, if your own")
+    parser.flag("--top", "classes a picture", metavar="K", type=common.number(int), default=1)
     parser.add_argument("--figure", metavar="FILE", help="draw the pictures with their classes, a PNG say")
     parser.add_argument("--csv", metavar="FILE", help="write files, classes, probabilities as a table")
-    parser.add_argument(
-        "--export", metavar="FILE", help="write the network for torch.export.load, model.pt2 say"
-    )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: auto)")
+    parser.add_argument("--export", metavar="FILE", help="write the network for torch.export.load")
+    parser.flag("--device", "auto, cpu, cuda, cuda:1 or mps", default="auto")
     args = parser.parse_args()
-    if args.figure and not importlib.util.find_spec("matplotlib"):
+    if args.figure and not (empty := common.figure(1, 1)):
         raise common.UserError("--figure needs a package: pip install matplotlib")
-    if (
-        args.figure
-        and Path(args.figure).suffix[1:].lower() not in common.figure(1, 1).canvas.get_supported_filetypes()
-    ):
+    if args.figure and Path(args.figure).suffix[1:].lower() not in empty.canvas.get_supported_filetypes():
         raise common.UserError(f"--figure {args.figure}: end its name in .png, .jpg, .pdf or .svg")
     if not args.pictures and not args.export:
         parser.error("name at least one PICTURE, a file or a folder")

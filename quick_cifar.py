@@ -8,6 +8,7 @@ python quick_cifar.py --data drawn --tuned --epochs 3   # no download
 """
 
 import importlib.util
+import warnings
 from functools import partial
 
 import torch
@@ -51,7 +52,9 @@ def log_pictures(log, epoch, model, data, device):
     names = data.spec.classes
     if epoch == 1:
         log.add_image("input", torchvision.utils.make_grid(pictures), 0)
-        log.add_graph(model, x)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it traces with what PyTorch calls deprecated
+            log.add_graph(model, x)
     guesses = [names[i] for i in model(x).argmax(1).tolist()]
     titles = [f"{guess} ({names[label]})" for guess, label in zip(guesses, labels.tolist(), strict=True)]
     if figure := common.draw_grid(pictures.cpu(), titles, "Predicted (true) classes of test pictures"):
