@@ -13,6 +13,7 @@ my_net.py; all its flags hold here, and --batch-size counts the pictures of all 
 """
 
 import os
+import socket
 import sys
 import tempfile
 import threading
@@ -54,17 +55,27 @@ def end_with(parent):
     os._exit(1)
 
 
+def wait_for(address, seconds=60):
+    """Until somebody listens at (host, port); else UserError, in one line where PyTorch has fifty."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            return socket.create_connection(address, timeout=5).close()
+        except OSError as error:
+            if time.monotonic() > end:
+                raise common.UserError(f"nobody answers at {address}, is rank 0 up? ({error})") from None
+            time.sleep(0.5)
+
+
 class Group(common.Alone):
     """The processes that torchrun started: one of them writes, all of them train."""
 
     def __init__(self):
-        try:
-            store, self.rank, self.size = next(dist.rendezvous("env://", timeout=timedelta(seconds=60)))
-            dist.init_process_group(store=store, rank=self.rank, world_size=self.size)  # NCCL, Gloo for CPUs
-        except (RuntimeError, ValueError) as error:
-            address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-            why = str(error).splitlines()[0]
-            raise common.UserError(f"nobody answers at {address}, is rank 0 up? ({why})") from None
+        address = os.environ.get("MASTER_ADDR", ""), int(os.environ.get("MASTER_PORT", 0))
+        if os.environ["RANK"] != "0":
+            wait_for(address)
+        store, self.rank, self.size = next(dist.rendezvous("env://", timeout=timedelta(seconds=60)))
+        dist.init_process_group(store=store, rank=self.rank, world_size=self.size)  # NCCL, and Gloo for CPUs
         self.local, self.store = int(os.environ.get("LOCAL_RANK", 0)), store
         while hasattr(store, "underlying_store"):  # torchrun's own, which outlives a restart
             store = store.underlying_store
@@ -195,7 +206,9 @@ def main():
     except Exception as error:
         if not common.team.speaks_first():
             raise SystemExit(1) from None  # another process has said what went wrong
-        if "onnection" in str(error):  # closed, reset or refused, in Gloo's words and NCCL's
+        if dist.is_initialized() and "onnection" in str(
+            error
+        ):  # closed, reset or refused, in Gloo's words and NCCL's
             print(f"multi_gpu.py: another process is gone: {str(error).splitlines()[0]}", file=sys.stderr)
             raise SystemExit(1) from None
         raise

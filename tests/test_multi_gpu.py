@@ -17,6 +17,7 @@ import torch
 from conftest import ROOT, finish, one_error_line, run, warm
 
 import common
+import multi_gpu
 
 SCRIPT = "multi_gpu.py"
 COLUMNS = ("epoch", "lr", "train_loss", "train_accuracy", "test_loss", "test_accuracy")
@@ -149,6 +150,11 @@ def test_bad_use_is_one_message_of_one_process(tmp_path, folder):
     refused("--data", tmp_path / "missing/train.csv", "--data", "/dev/null", parts=["is a file"])
     refused("--recipe", "resnet", parts=["resnet", "--recipe"])
     refused("--out", "/dev/null/x", parts=["/dev/null/x", "--out"])
+
+
+def test_an_address_where_nobody_answers_is_one_message():
+    with pytest.raises(common.UserError, match=r"nobody answers at .*127.0.0.1"):
+        multi_gpu.wait_for(("127.0.0.1", free_port()), seconds=0.1)
 
 
 def test_a_raising_worker_ends_the_others_and_is_the_one_that_speaks(tmp_path, folder):
