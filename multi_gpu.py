@@ -32,12 +32,11 @@ from torch.nn.parallel import DistributedDataParallel
 import common
 
 TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ  # else the processes were started by hand
+RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 class Replicas(common.Alone):
     """One process. DataParallel copies the network to all GPUs for each batch, and splits the batch."""
-
-    start = 1  # of this script, by this torchrun
 
     def spread(self, network, device):
         gpus = torch.cuda.device_count() if device.type == "cuda" else 1
@@ -75,11 +74,10 @@ class Group(common.Alone):
         if os.environ["RANK"] != "0":
             wait_for(address)
         store, self.rank, self.size = next(dist.rendezvous("env://", timeout=timedelta(seconds=60)))
-        dist.init_process_group(store=store, rank=self.rank, world_size=self.size)  # NCCL, and Gloo for CPUs
-        self.local, self.store = int(os.environ.get("LOCAL_RANK", 0)), store
-        while hasattr(store, "underlying_store"):  # torchrun's own, which outlives a restart
-            store = store.underlying_store
-        self.start = self.from_first(lambda: store.add("starts of this script", 1))
+        # torchrun may keep its store over a restart: without a prefix, Gloo looks for dead processes in it.
+        self.store = dist.PrefixStore(f"start {RESTARTS}", store)
+        dist.init_process_group(store=self.store, rank=self.rank, world_size=self.size)  # NCCL; Gloo for CPUs
+        self.local = int(os.environ.get("LOCAL_RANK", 0))
         if TORCHRUN:
             threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
 
@@ -91,7 +89,7 @@ class Group(common.Alone):
 
     def speaks_first(self):
         try:
-            first = self.store.add(f"spoken {self.start}", 1) == 1
+            first = self.store.add("spoken", 1) == 1
         except RuntimeError:  # the process that has the store is gone: rank 0, if torchrun has it not
             return TORCHRUN
         if self.rank == 0 and not TORCHRUN:
@@ -218,7 +216,7 @@ def main():
 
 def goes_on(args):
     """Whether to resume: if asked to, or if torchrun has started this script again."""
-    if common.team.start > 1 or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+    if RESTARTS:
         return True
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
     if restarts and not args.resume and Path(args.out, "last.pt").exists():
