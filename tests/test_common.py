@@ -411,3 +411,16 @@ def test_the_real_cifar10_is_read_as_torchvision_reads_it(tmp_path):
     reference = torchvision.datasets.CIFAR10(tmp_path, train=False)
     assert len(train) == 50_000 and train.spec.classes == reference.classes
     assert np.array_equal(test.pixels.numpy(), reference.data) and test.labels.tolist() == reference.targets
+
+
+def test_each_process_of_a_machine_gets_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert common.pick_device("auto") == common.pick_device("cuda") == torch.device("cuda:1")
+    assert common.pick_device("cpu") == CPU
+    with pytest.raises(common.UserError, match="cuda:0 is one device for 2 processes"):
+        common.pick_device("cuda:0")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with pytest.raises(common.UserError, match="3 processes, but 2 GPUs"):
+        common.pick_device("auto")
