@@ -62,11 +62,8 @@ def turn_and_shift(pictures, generator, mirror):
     """Augment a batch (N, C, H, W), each picture by its own draw: turned by up to 8 degrees, up to 8 % larger
     or smaller, moved by up to 1.5 pixels; mirrored half the time, if `mirror`."""
     turn, scale, dx, dy, flip = torch.rand(5, len(pictures), generator=generator) * 2 - 1
-    turn, scale, shift = (
-        turn * math.radians(8),
-        1 + 0.08 * scale,
-        3 / pictures.shape[-1],
-    )  # its half side is 1
+    turn, scale = turn * math.radians(8), 1 + 0.08 * scale
+    shift = 3 / pictures.shape[-1]  # 1.5 pixels, where half a side is 1
     cos, sin = scale * torch.cos(turn), scale * torch.sin(turn)
     side = torch.where(flip < 0, -1.0, 1.0) if mirror else 1.0
     rows = torch.stack([side * cos, -sin, shift * dx]), torch.stack([side * sin, cos, shift * dy])

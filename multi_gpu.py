@@ -162,9 +162,8 @@ def demo():
 
         def forward(self, x):
             y = self.fc(x)
-            print(
-                f"    in the model, on {x.device}: input {list(x.shape)}, output {list(y.shape)}", flush=True
-            )
+            shapes = f"input {list(x.shape)}, output {list(y.shape)}"
+            print(f"    in the model, on {x.device}: {shapes}", flush=True)
             return y
 
     device = common.pick_device("auto")
@@ -204,9 +203,7 @@ def main():
     except Exception as error:
         if not common.team.speaks_first():
             raise SystemExit(1) from None  # another process has said what went wrong
-        if dist.is_initialized() and "onnection" in str(
-            error
-        ):  # closed, reset or refused, in Gloo's words and NCCL's
+        if dist.is_initialized() and "onnection" in str(error):  # refused or reset, say Gloo and NCCL
             print(f"multi_gpu.py: another process is gone: {str(error).splitlines()[0]}", file=sys.stderr)
             raise SystemExit(1) from None
         raise
@@ -220,9 +217,8 @@ def goes_on(args):
         return True
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
     if restarts and not args.resume and Path(args.out, "last.pt").exists():
-        raise common.UserError(
-            f"{args.out} has an earlier run, that a restart would go on with: --resume, or another --out"
-        )
+        ways = "--resume, or another --out"
+        raise common.UserError(f"{args.out} has an earlier run, that a restart would go on with: {ways}")
     return args.resume
 
 
