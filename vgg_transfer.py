@@ -76,11 +76,10 @@ class Kept(common.Pictures):
         """Run the body over the pictures at these indices, int64 (M,)."""
         some = max(8, 2**16 // self.spec.size**2)  # pictures at once; always as many, for the same rounding
         parts = torch.cat([needed, needed[:1].expand(-len(needed) % some)]).split(some)
-        normalise = self.pictures.normaliser().to(args.device)
         loaded = common.progress(common.batches(self.pictures, parts, args), "frozen layers", len(parts))
         for part, (pictures, _) in zip(parts, loaded, strict=True):
             with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp):
-                self.outputs[part] = self.model.body(normalise(pictures)).float().cpu()
+                self.outputs[part] = self.model.body(pictures).float().cpu()
         self.known[needed] = True
 
 
@@ -131,7 +130,7 @@ def main():
     parser.add_argument("--size", type=common.number(int, 32), metavar="N", help=sizes)
     parser.set_defaults(weights="imagenet", head="replace")
     args = parser.parse_args()
-    files = common.has_files(args)
+    files = Path(args.data, "train.csv").is_file() or Path(args.data, "train").is_dir()
     size = args.size or (224 if files else 32)
     crop = 224 / 256 if files else 1.0  # ImageNet's networks see the middle of a photo
     state, mean, std = read_weights(args)
