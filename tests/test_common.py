@@ -162,6 +162,8 @@ def test_pictures_of_one_size_keep_it_and_grey_ones_their_channel(tmp_path):
         ("x.png,a\nx.png,b\n", "header"),
         ("", "two columns"),
         ("file,label\nx.png,a\n", "two at least"),
+        ('file,label\nx.png,"a\nb"\n', r"a\\nb.*two at least"),  # a line break in quotes is part of the label
+        ("file,label\nx\u2028y.png,a\n", "x\u2028y.png,a"),
     ],
 )
 def test_a_bad_csv_is_refused_with_the_row_at_fault(tmp_path, text, part):
@@ -233,7 +235,7 @@ class Mirror(http.server.BaseHTTPRequestHandler):
         asked = self.headers.get("Range")
         self.requests.append((self.path, asked))
         start = int(asked[6:-1]) if asked and self.path != "/no-range" else 0
-        body = CONTENT[::-1] if self.path == "/wrong" else CONTENT
+        body = CONTENT[::-1] if self.path.startswith("/wrong") else CONTENT
         if self.path == "/dead":
             return self.send_error(503)
         self.send_response(206 if start else 200)
@@ -241,7 +243,7 @@ class Mirror(http.server.BaseHTTPRequestHandler):
             self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
         self.send_header("Content-Length", str(len(body) - start))
         self.end_headers()
-        if self.path == "/breaks":
+        if self.path.endswith("breaks"):
             return self.wfile.write(body[start : start + 200_000])
         if self.path == "/slow":
             for i in range(start, len(body), 20_000):
@@ -302,6 +304,11 @@ def test_wrong_bytes_of_an_earlier_mirror_do_not_spoil_a_good_one(mirror, tmp_pa
 def test_the_last_mirror_may_be_slow(mirror, tmp_path):
     common.download([f"{mirror}/dead", f"{mirror}/slow"], tmp_path / "a", MD5)
     assert (tmp_path / "a").read_bytes() == CONTENT
+
+
+def test_a_server_of_wrong_bytes_that_breaks_off_does_not_go_on_for_ever(mirror, tmp_path):
+    common.download([f"{mirror}/wrong-and-breaks", f"{mirror}/good"], tmp_path / "a", MD5)
+    assert (tmp_path / "a").read_bytes() == CONTENT and len(asked("/wrong-and-breaks")) == 6
 
 
 def test_no_mirror_leaves_no_file_and_names_all_failures(mirror, tmp_path):

@@ -131,14 +131,19 @@ def test_resume_asks_for_more_epochs_or_says_why_not(tmp_path, folder):
     assert "best epoch: 1" in out
 
 
-def test_resume_refuses_another_network_naming_both(tmp_path, folder):
-    mine = tmp_path / "my_net.py"
+def test_resume_refuses_another_network_or_optimizer_naming_both(tmp_path, folder):
+    mine = tmp_path / SCRIPT  # a changed copy that has kept the name
     shutil.copy(ROOT / SCRIPT, mine)
     args = ["--data", folder, "--limit-batches", 1]
-    run(mine, *args, "--epochs", 1, cwd=tmp_path)
-    mine.write_text(mine.read_text().replace("120", "99"))
+    out, _ = run(mine, *args, "--epochs", 1, cwd=tmp_path)
+    assert f"--recipe {SCRIPT}" in out.splitlines()[-1]
+    source = mine.read_text()
+    mine.write_text(source.replace("120", "99"))
     _, err = run(mine, "--resume", "--epochs", 2, cwd=tmp_path, status=2)
     one_error_line(err, "fc1.weight", "[99, 400]", "[120, 400]")
+    mine.write_text(source.replace("SGD(", "RMSprop(").replace(", nesterov=args.tuned", ""))
+    _, err = run(mine, "--resume", "--epochs", 2, cwd=tmp_path, status=2)
+    one_error_line(err, "SGD", "RMSprop")
 
 
 def test_a_csv_trains_as_the_folder_of_the_same_pictures(tmp_path, folder):
