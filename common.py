@@ -109,7 +109,10 @@ def cli(main):
         main()
     except KeyboardInterrupt as stop:
         leave(f"stopped: {stop}" if stop.args else "stopped", 130)
-    except (torch.OutOfMemoryError, MemoryError) as error:
+    except (RuntimeError, MemoryError) as error:
+        words = ("out of memory", "can't allocate memory")  # PyTorch's, of a GPU and of the CPU
+        if isinstance(error, RuntimeError) and not any(text in str(error) for text in words):
+            raise
         leave(f"error: out of memory, try a smaller --batch-size: {' '.join(str(error).split())}")
     except (UserError, OSError) as error:  # a DataLoader's worker puts its traceback in front of the text
         leave(f"error: {' '.join(str(error).rpartition('UserError: ')[2].split())}")
@@ -118,14 +121,14 @@ def cli(main):
 # ------------------------------------------------------------------------------------------------- flags
 
 
-def number(kind, least=1):
-    """A reader for argparse of an int or float, at least `least`; ints are below 2**31."""
+def number(kind, least=1, most=2**31 - 1):
+    """A reader for argparse of a finite float, or an int up to `most`, that is at least `least`."""
 
     def read(text):
         with contextlib.suppress(ValueError):
-            if least <= kind(text) < (2**31 if kind is int else math.inf):
+            if least <= kind(text) <= (most if kind is int else sys.float_info.max):
                 return kind(text)
-        wanted = f"a whole number from {least} up, below 2**31" if kind is int else "a number above 0"
+        wanted = f"a whole number from {least} to {most}" if kind is int else "a number above 0"
         raise argparse.ArgumentTypeError(f"{text} is not {wanted}")
 
     return read
@@ -193,6 +196,8 @@ class Parser(OneLineParser):
                 print(f"nothing to go on with in {args.out}: starting with epoch 1")
         saved, plain = checkpoint["settings"] if checkpoint else {}, (bool, int, float, str, list, type(None))
         self.set_defaults(**saved)
+        if not importlib.util.find_spec("tensorboard"):
+            self.set_defaults(tensorboard=False)  # if the run was begun where it is
         args = super().parse_args()
         kept = {name: value for name, value in vars(args).items() if name not in ("out", "resume")}
         settings = {name: value if isinstance(value, plain) else str(value) for name, value in kept.items()}
@@ -258,7 +263,7 @@ class Spec:
     mean: float | list[float] = 0.5  # the network sees (pixel / 255 - mean) / std;
     std: float | list[float] = 0.5  # one number, or one for each channel
     pad: int = 0  # black pixels on each side, within `size`: MNIST's 28x28 for a network that takes 32x32
-    dark_ground: bool = False  # the pictures are light on dark: one that is dark on light is inverted
+    dark_ground: bool = False  # grey pictures are light on black, and made so: see `light_on_black`
     crop: float = 0.0  # the square in the middle, as a fraction of the shorter side; 0: all, squeezed
 
 
@@ -292,10 +297,22 @@ def prepare(picture, spec):
     if picture.ndim != (2 if spec.channels == 1 else 3):
         picture = cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY if spec.channels == 1 else cv2.COLOR_GRAY2RGB)
     picture = picture.reshape(*picture.shape[:2], spec.channels)
-    if spec.dark_ground:  # is the border, where the ground is, lighter than the picture as a whole?
-        border = np.concatenate([picture[[0, -1]].ravel(), picture[:, [0, -1]].ravel()])
-        picture = 255 - picture if np.median(border) > picture.mean() else picture
+    if spec.dark_ground and spec.channels == 1:
+        picture = light_on_black(picture)
     return np.pad(picture, [(spec.pad, spec.pad), (spec.pad, spec.pad), (0, 0)])
+
+
+def light_on_black(picture):
+    """A grey picture, uint8, whose ground, the median of its border, becomes 0 and whose lightest pixel 255:
+    inverted first where the ground is nearer to the lightest than to the darkest one, as ink on paper. A
+    picture on black, MNIST's are, stays as it is."""
+    border = np.concatenate([picture[[0, -1]].ravel(), picture[:, [0, -1]].ravel()])
+    ground, darkest, lightest = float(np.median(border)), float(picture.min()), float(picture.max())
+    if ground - darkest > lightest - ground:
+        picture, ground, lightest = 255 - picture, 255 - ground, 255 - darkest
+    if ground == 0:
+        return picture
+    return ((picture - ground) * (255 / max(1, lightest - ground))).clip(0, 255).astype(np.uint8)
 
 
 class Pictures(Dataset):
@@ -470,7 +487,8 @@ def read_files(parts, spec, skip_bad, strict=False):
         if part == "train":
             sides = {len(picture) for picture in pictures}
             spec.size = sides.pop() if len(sides) == 1 and not stream else spec.size
-            spec.channels = 3 if any(picture.ndim == 3 for picture in pictures) else 1
+            colour = np.ndim(spec.mean) or any(picture.ndim == 3 for picture in pictures)
+            spec.channels = 3 if colour else 1  # a mean for each of red, green, blue asks for all of them
         if stream:
             pixels = [str(file) for file, _ in pairs]
         else:
@@ -500,7 +518,7 @@ def drawn_digits(spec, part):
         mask = cv2.warpAffine(canvas, turn, (side, side))[..., None] / 255
         paper, ink = rng.uniform(0, 120, spec.channels), rng.uniform(140, 255, spec.channels)
         picture = paper + (ink - paper) * mask + rng.uniform(5, 30) * rng.standard_normal(shape, np.float32)
-        pixels[i] = picture.clip(0, 255)
+        pixels[i] = prepare(picture.clip(0, 255).astype(np.uint8), replace(spec, crop=0))
     return Pictures(torch.from_numpy(pixels), labels, spec, mirror=False)
 
 
@@ -510,7 +528,10 @@ def read_torchvision(kind, folder, parts, spec):
     for part in parts:
         try:
             data = kind(folder, train=part == "train")
-        except RuntimeError:  # not there, or not whole
+        except (RuntimeError, ValueError, AssertionError, EOFError) as error:
+            if "not found" not in str(error):  # torchvision takes what is there for whole, whatever it is
+                what = f"{kind.__name__} in {folder} is damaged ({error})"
+                raise UserError(f"{what}: remove it, and it is downloaded anew") from None
             fetch(kind, folder)
             data = kind(folder, train=part == "train")
         pixels = torch.as_tensor(data.data)  # (N, H, W, C), or (N, H, W) where grey
@@ -865,6 +886,13 @@ def fit(model, train_set, test_set, loss_fn, optimizer, args, scheduler=None, au
     team.from_first(lambda: report(history, confusion, spec.classes, testing, args))
 
 
+def sample(data):
+    """32 pictures at random, the same ones every time: uint8 (32, C, H, W) and the names of their classes."""
+    chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:32]
+    pictures, labels = data[chosen.to(data.labels.device)]
+    return pictures.cpu(), [data.spec.classes[label] for label in labels.tolist()]
+
+
 def open_run(out, train_set, args):
     """Make the run folder and draw samples.png."""
     try:
@@ -881,10 +909,7 @@ def open_run(out, train_set, args):
         print("pip install matplotlib brings samples.png, curves.png and confusion.png to this run")
     if (out / "last.pt").exists() and not args.resume:
         print(f"{out} has an earlier run, kept until the first epoch of this one is whole")
-    chosen = torch.randperm(len(train_set), generator=torch.Generator().manual_seed(0))[:32]
-    pictures, labels = train_set[chosen.to(train_set.labels.device)]
-    titles = [train_set.spec.classes[label] for label in labels.tolist()]
-    save_figure(draw_grid(pictures.cpu(), titles, "Training pictures and their classes"), out / "samples.png")
+    save_figure(draw_grid(*sample(train_set), "Training pictures and their classes"), out / "samples.png")
 
 
 # ------------------------------------------------------------------------------------------- checkpoints
@@ -895,6 +920,12 @@ def best_of(history):
     return max(history, key=lambda row: row["test_accuracy"])
 
 
+def describe(optimizer, scheduler):
+    """What has to be the same for a run to go on: their classes, and how many tensors each group learns."""
+    groups = [len(group["params"]) for group in optimizer.param_groups]
+    return [type(optimizer).__name__, groups, type(scheduler).__name__]
+
+
 def save_epoch(history, model, optimizer, scheduler, train_set, args):
     """Write best.pt if this epoch is the best, epoch_N.pt if asked for, history.csv; last of all last.pt,
     with which the epoch is whole."""
@@ -902,7 +933,7 @@ def save_epoch(history, model, optimizer, scheduler, train_set, args):
     checkpoint |= {"spec": asdict(train_set.spec), "train_size": len(train_set)}
     checkpoint |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
     checkpoint |= {"scheduler": scheduler.state_dict() if scheduler else None}
-    checkpoint |= {"trained_with": [type(optimizer).__name__, type(scheduler).__name__]}
+    checkpoint |= {"trained_with": describe(optimizer, scheduler)}
     out, epoch = Path(args.out), len(history)
     if best_of(history)["epoch"] == epoch:
         save_checkpoint(out / "best.pt", checkpoint)
@@ -918,6 +949,8 @@ def save_epoch(history, model, optimizer, scheduler, train_set, args):
 def replacing(path):
     """A binary file to write to; it takes the place of `path` once all of it is on the disk, else never.
     Raises UserError where it cannot be written."""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: name a file")
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -974,7 +1007,7 @@ def resume(model, optimizer, scheduler, train_set, args):
     """Put everything where `args.checkpoint` left it; returns the history up to there."""
     saved = {**args.checkpoint, **args.checkpoint["spec"], "epochs": args.checkpoint["settings"]["epochs"]}
     now = {"recipe": args.recipe.stem, **asdict(train_set.spec), "train_size": len(train_set)}
-    now["trained_with"] = [type(optimizer).__name__, type(scheduler).__name__]
+    now["trained_with"] = describe(optimizer, scheduler)
     if scheduler:
         now["epochs"] = args.epochs  # its learning rates were laid out for so many
     for name, value in now.items():

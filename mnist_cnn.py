@@ -96,7 +96,7 @@ def main():
     scheduler = augment = None
     if args.tuned:
         scheduler = common.one_cycle(optimizer, train_set, args)
-        augment = partial(turn_and_shift, mirror=train_set.mirror)
+        augment = partial(turn_and_shift, mirror=train_set.mirror and args.dataset == "fashion")
 
     common.fit(model, train_set, test_set, loss_fn, optimizer, args, scheduler, augment)
 

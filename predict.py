@@ -30,7 +30,11 @@ def load_model(path, recipe, device):
     checkpoint = common.load_checkpoint(path)
     spec = common.Spec(**checkpoint["spec"])
     recipe = common.import_recipe(checkpoint["recipe"], recipe)
-    network = recipe.build_model(spec, argparse.Namespace(**checkpoint["settings"]))
+    try:
+        network = recipe.build_model(spec, argparse.Namespace(**checkpoint["settings"]))
+    except AttributeError as error:  # a flag that its run had not
+        made_by = f"{path} was made by {checkpoint['recipe']}"
+        raise common.UserError(f"{made_by}, and not by this --recipe: {error}") from None
     common.load_weights(network, checkpoint)
     return torch.nn.Sequential(common.Normalise(spec), network).to(device).eval(), spec
 
@@ -38,7 +42,7 @@ def load_model(path, recipe, device):
 def export(model, spec, path):
     """Write a torch.export program of the network, uint8 pictures to probabilities, for any batch size."""
     example = torch.zeros(2, spec.channels, spec.size, spec.size, dtype=torch.uint8)
-    whole = torch.nn.Sequential(model.cpu(), torch.nn.Softmax(1)).eval()
+    whole = torch.nn.Sequential(model.cpu(), torch.nn.Softmax(1)).eval().requires_grad_(False)
     program = torch.export.export(whole, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     with common.replacing(Path(path)) as file:
         torch.export.save(program, file, extra_files={"about.json": json.dumps(asdict(spec))})

@@ -47,17 +47,16 @@ def build_model(spec, args):
 @torch.no_grad()
 def log_pictures(log, epoch, model, data, device):
     """Show TensorBoard the input, the graph, a picture's way through the layers, and predictions."""
-    pictures, labels = data[torch.arange(min(32, len(data)), device=data.labels.device)]
+    pictures, names = common.sample(data)
     x = data.normaliser().to(device)(pictures.to(device))
-    names = data.spec.classes
     if epoch == 1:
         log.add_image("input", torchvision.utils.make_grid(pictures), 0)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it traces with what PyTorch calls deprecated
             log.add_graph(model, x)
-    guesses = [names[i] for i in model(x).argmax(1).tolist()]
-    titles = [f"{guess} ({names[label]})" for guess, label in zip(guesses, labels.tolist(), strict=True)]
-    if figure := common.draw_grid(pictures.cpu(), titles, "Predicted (true) classes of test pictures"):
+    guesses = [data.spec.classes[i] for i in model(x).argmax(1).tolist()]
+    titles = [f"{guess} ({name})" for guess, name in zip(guesses, names, strict=True)]
+    if figure := common.draw_grid(pictures, titles, "Predicted (true) classes of test pictures"):
         log.add_figure("predictions", figure, epoch)
     x = x[:1]
     for number, layer in enumerate(model.features):

@@ -7,6 +7,7 @@ python vgg_transfer.py --weights runs/a/best.pt        # from a VGG16 of your ow
 python vgg_transfer.py --weights none --data drawn     # no download: from random weights
 """
 
+import shutil
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -38,7 +39,6 @@ class VGG(nn.Module):
         self.head = nn.Linear(last.in_features if head == "replace" else last.out_features, classes)
 
     def body(self, x):
-        x = x.expand(-1, 3, -1, -1)  # a grey picture has one channel
         x = self.avgpool(self.features(x))  # (N, 3, 224, 224) -> (N, 512, 7, 7), whatever the size
         return self.classifier(x.flatten(1))  # -> (N, 4096), or (N, 1000)
 
@@ -61,8 +61,11 @@ class Kept(common.Pictures):
     def batches(self, steps, args):
         if self.outputs is None:
             shape = len(self), self.model.head.in_features
-            if 4 * shape[0] * shape[1] <= common.IN_MEMORY:
+            size = 4 * shape[0] * shape[1]
+            if size <= common.IN_MEMORY:
                 self.outputs = torch.empty(shape)
+            elif size > shutil.disk_usage(args.out).free:
+                raise common.UserError(f"{args.out} lacks room for the frozen part's outputs, {size:,} bytes")
             else:
                 with tempfile.TemporaryFile(dir=args.out) as file:
                     self.outputs = torch.from_numpy(np.memmap(file, np.float32, "w+", shape=shape))
@@ -75,7 +78,8 @@ class Kept(common.Pictures):
     def fill(self, needed, args):
         """Run the body over the pictures at these indices, int64 (M,)."""
         some = max(8, 2**16 // self.spec.size**2)  # pictures at once; always as many, for the same rounding
-        parts = torch.cat([needed, needed[:1].expand(-len(needed) % some)]).split(some)
+        fill = -len(needed) % some if len(needed) < len(self) else 0
+        parts = torch.cat([needed, needed[:1].expand(fill)]).split(some)
         loaded = common.progress(common.batches(self.pictures, parts, args), "frozen layers", len(parts))
         for part, (pictures, _) in zip(parts, loaded, strict=True):
             with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp):
@@ -88,7 +92,7 @@ def read_weights(args):
     if args.checkpoint:  # goes on, and has them all
         return None, args.checkpoint["spec"]["mean"], args.checkpoint["spec"]["std"]
     if args.weights == "none":
-        return None, 0.5, 0.25
+        return None, [0.5] * 3, [0.25] * 3
     if args.weights == "imagenet":
         try:
             state = IMAGENET.get_state_dict(check_hash=True)  # from torchvision's cache, or downloaded to it
@@ -96,6 +100,8 @@ def read_weights(args):
             cache = Path(torch.hub.get_dir(), "checkpoints")
             ways = f"put the whole file {IMAGENET.url} into {cache}, or take --weights none"
             raise common.UserError(f"no ImageNet weights ({error}): {ways}") from None
+    elif not Path(args.weights).is_file():
+        raise common.UserError(f"--weights {args.weights} is neither imagenet nor none, nor a file")
     else:
         state = common.load_tensors(args.weights)
     if not isinstance(state, dict):
@@ -107,11 +113,12 @@ def read_weights(args):
 
 def load_body(model, state, weights):
     """Put a VGG16's weights into the network; its head stays new."""
+    state = {str(name).removeprefix("module."): value for name, value in state.items()}  # DataParallel has it
     own = {name: value for name, value in model.state_dict().items() if not name.startswith("head.")}
-    state = {name.removeprefix("module."): value for name, value in state.items()}  # as DataParallel has them
     for name, value in own.items():
         if getattr(state.get(name), "shape", None) != value.shape:
-            raise common.UserError(f"--weights {weights}: no VGG16, for want of {name} {list(value.shape)}")
+            lack = f"{weights} has no {name} {list(value.shape)}"
+            raise common.UserError(f"--weights {lack}, which VGG16 with this --head has")
     model.load_state_dict({name: state[name] for name in own}, strict=False)
 
 
@@ -127,7 +134,7 @@ def main():
     parser.flag("--head", "the new layer, instead of the last one or behind it", choices=["replace", "add"])
     parser.flag("--freeze", "train the new layer alone", action="store_true")
     sizes = "side of the pictures, 32 or more (default: 224 for folders of them, else 32)"
-    parser.add_argument("--size", type=common.number(int, 32), metavar="N", help=sizes)
+    parser.add_argument("--size", type=common.number(int, 32, 2048), metavar="N", help=sizes)
     parser.set_defaults(weights="imagenet", head="replace")
     args = parser.parse_args()
     files = Path(args.data, "train.csv").is_file() or Path(args.data, "train").is_dir()
@@ -142,8 +149,8 @@ def main():
         load_body(model, state, args.weights)
         del state
     loss_fn = nn.CrossEntropyLoss()
-    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.SGD(learning, lr=args.lr, momentum=0.9, nesterov=args.tuned)
+    # What is frozen gets no gradient, and the optimizer leaves it as it is.
+    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, nesterov=args.tuned)
     scheduler = augment = None
     if args.tuned:
         scheduler = common.one_cycle(optimizer, train_set, args)

@@ -408,8 +408,8 @@ def serve(handler, content):
 PACKED = ROOT.parent / "shared/data/unpack.py"
 
 
-@pytest.mark.skipif(not PACKED.exists(), reason="needs the real CIFAR-10, packed, beside the repository")
-def test_the_real_cifar10_is_read_as_torchvision_reads_it(tmp_path):
+@pytest.mark.skipif(not PACKED.exists(), reason="needs the real data sets, packed, beside the repository")
+def test_the_real_data_sets_are_read_as_torchvision_reads_them(tmp_path):
     import subprocess
     import sys
 
@@ -418,6 +418,12 @@ def test_the_real_cifar10_is_read_as_torchvision_reads_it(tmp_path):
     reference = torchvision.datasets.CIFAR10(tmp_path, train=False)
     assert len(train) == 50_000 and train.spec.classes == reference.classes
     assert np.array_equal(test.pixels.numpy(), reference.data) and test.labels.tolist() == reference.targets
+    about = dict(channels=1, mean=0, std=1, dark_ground=True)
+    digits = common.load_data(flags(data=tmp_path), "MNIST", size=28, **about)[1].pixels
+    assert torch.equal(digits[..., 0], torchvision.datasets.MNIST(tmp_path, train=False).data)
+    for digit in digits.numpy()[::10]:  # in prediction they, and black on white ones, come out as in training
+        assert np.array_equal(common.light_on_black(digit), digit)
+        assert np.array_equal(common.light_on_black(255 - digit), digit)
 
 
 def test_each_process_of_a_machine_gets_a_gpu_of_its_own(monkeypatch):

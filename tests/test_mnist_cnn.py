@@ -61,13 +61,27 @@ def test_a_picture_is_padded_as_in_training_and_turned_light_on_dark():
     digit[4:24, 12:16] = 220
     padded = np.pad(digit, 2)
     assert np.array_equal(common.prepare(digit, spec)[..., 0], padded)
-    grey_paper = np.full((28, 28), 180, np.uint8)
-    grey_paper[4:24, 12:16] = 20
-    expected = np.pad(255 - grey_paper, 2)
-    assert np.array_equal(common.prepare(grey_paper, spec)[..., 0], expected)
-    photo = cv2.cvtColor(cv2.resize(grey_paper, (600, 400)), cv2.COLOR_GRAY2RGB)
-    found = common.prepare(photo, spec)[..., 0]
-    assert found[16, 15] > 200 and found[16, 4] < 100 and found[0, 0] == 0
+    assert np.array_equal(common.prepare(255 - digit, spec)[..., 0], padded)
+    white = np.where(padded, 255, 0)
+    grey_paper, grey_ground = np.where(digit, 20, 180), np.where(digit, 180, 90)
+    for picture in (grey_paper, grey_ground):
+        assert np.array_equal(common.prepare(picture.astype(np.uint8), spec)[..., 0], white)
+    photo = cv2.cvtColor(cv2.resize(grey_paper.astype(np.uint8), (600, 400)), cv2.COLOR_GRAY2RGB)
+    dark_corners = 1 - 0.25 * np.hypot(*np.mgrid[-1:1:400j, -1:1:600j])[..., None]  # as a lens makes them
+    for shaded in (photo, (photo * dark_corners).astype(np.uint8)):
+        found = common.prepare(shaded, spec)[..., 0]
+        assert found[16, 15] > 200 and found[16, 4] < 60 and found[0, 0] == 0
+
+
+def no_mirror():
+    def fit(*args):
+        assert args[-1].keywords == {"mirror": False}
+
+    common.fit = fit
+
+
+def test_digits_in_folders_are_not_mirrored(tmp_path, folder):
+    run("mnist_cnn.py", "--tuned", "--data", folder, cwd=tmp_path, before=no_mirror)
 
 
 def test_each_picture_is_turned_scaled_moved_and_mirrored_by_its_own_draw():

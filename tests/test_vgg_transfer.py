@@ -1,6 +1,7 @@
 """What a user of vgg_transfer.py may rely on besides what all recipes share."""
 
 import csv
+import shutil
 import types
 
 import cv2
@@ -189,8 +190,22 @@ def test_the_frozen_part_sees_every_picture_once(tmp_path, monkeypatch, room):
             expected = data.normaliser()(data[step][0]).mean((2, 3))
             torch.testing.assert_close(outputs, expected)
             assert torch.equal(labels, data.labels[step])
-    assert sum(seen) == 192  # 150 in three parts of 64, the last one filled up
+    assert sum(seen) == 150
     assert not list(tmp_path.iterdir())  # the file has no name: nothing is left, however the process ends
+    kept.known[:] = False
+    list(common.batches(kept, [torch.arange(70)], args))
+    assert sum(seen) == 150 + 128  # a part of them comes in as large parts as all, for the same rounding
+
+
+def test_outputs_that_fit_nowhere_are_one_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "IN_MEMORY", 0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000))
+    data = common.Pictures(
+        torch.zeros(9, 32, 32, 3, dtype=torch.uint8), torch.zeros(9), common.Spec(["a"], 32)
+    )
+    kept = vgg_transfer.Kept(data, types.SimpleNamespace(head=nn.Linear(4096, 2)))
+    with pytest.raises(common.UserError, match="147,456 bytes"):
+        kept.batches([torch.arange(9)], types.SimpleNamespace(out=tmp_path))
 
 
 def test_a_downloaded_data_set_takes_another_size_picture_by_picture(tmp_path):
@@ -210,7 +225,14 @@ def test_other_weights_are_refused_in_one_line(tmp_path, folder):
     args = ("--data", folder, "--size", 32, "--epochs", 1)
     torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "linear.pt")
     torch.save([1], tmp_path / "list.pt")
-    for name, part in (("linear.pt", "features.0.weight"), ("list.pt", "list"), ("none.pt", "cannot open")):
+    torch.save({1: torch.zeros(2)}, tmp_path / "number.pt")
+    wrong = {
+        "linear.pt": "features.0.weight",
+        "number.pt": "features.0",
+        "list.pt": "list",
+        "no.pt": "imagenet",
+    }
+    for name, part in wrong.items():
         _, err = run(SCRIPT, *args, "--weights", name, cwd=tmp_path, status=2, before=first_blocks)
         one_error_line(err, name, part)
     _, err = run(SCRIPT, *args, "--size", 31, cwd=tmp_path, status=2)
