@@ -530,7 +530,7 @@ def read_torchvision(kind, folder, parts, spec):
             data = kind(folder, train=part == "train")
         except (RuntimeError, ValueError, AssertionError, EOFError) as error:
             if "not found" not in str(error):  # torchvision takes what is there for whole, whatever it is
-                what = f"{kind.__name__} in {folder} is damaged ({error})"
+                what = f"{folder / kind.__name__} is damaged ({error})"
                 raise UserError(f"{what}: remove it, and it is downloaded anew") from None
             fetch(kind, folder)
             data = kind(folder, train=part == "train")

@@ -103,11 +103,11 @@ def main():
         raise common.UserError("--figure needs a package: pip install matplotlib")
     if args.figure and Path(args.figure).suffix[1:].lower() not in empty.canvas.get_supported_filetypes():
         raise common.UserError(f"--figure {args.figure}: end its name in .png, .jpg, .pdf or .svg")
-    if not args.pictures and not args.export:
+    if not args.pictures and args.export is None:
         parser.error("name at least one PICTURE, a file or a folder")
     device = common.pick_device(args.device)
     model, spec = load_model(args.checkpoint, args.recipe, device)
-    if args.export:
+    if args.export is not None:
         export(model, spec, args.export)
         print(f"{args.export}: uint8 ({spec.channels}, {spec.size}, {spec.size}) pictures to probabilities")
         model.to(device)

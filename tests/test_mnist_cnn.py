@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import run
+from conftest import one_error_line, run
 
 import common
 import mnist_cnn
@@ -53,6 +53,14 @@ def test_both_networks_learn_both_data_sets_and_predict(mnist, dataset, model):
     cv2.imwrite(str(mnist / "x.png"), np.zeros((100, 100), np.uint8))
     out, _ = run("predict.py", "runs/mnist_cnn/best.pt", "x.png", cwd=mnist)
     assert out.startswith("x.png: ")
+
+
+@pytest.mark.parametrize("left", [0, 1000])  # bytes of a file that was not written whole
+def test_damaged_files_are_one_error_that_says_what_to_do(mnist, left):
+    file = mnist / "data/MNIST/raw/train-images-idx3-ubyte"
+    file.write_bytes(file.read_bytes()[:left])
+    _, err = run("mnist_cnn.py", cwd=mnist, status=2)
+    one_error_line(err, "data/MNIST is damaged", "remove it")
 
 
 def test_a_picture_is_padded_as_in_training_and_turned_light_on_dark():

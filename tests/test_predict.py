@@ -141,6 +141,7 @@ def test_an_exported_network_opens_with_torch_alone_and_gives_the_same(trained, 
         model = torch.export.load("m.pt2", extra_files=about).module()
         pictures = torch.from_numpy(numpy.load("pictures.npy"))
         one_by_one = torch.cat([model(picture[None]) for picture in pictures])
+        assert model(pictures[:0]).numpy().shape == (0, 3)
         torch.testing.assert_close(model(pictures), one_by_one, atol=1e-5, rtol=0)
         assert not {"common", "predict", "lenet_cifar", "torchvision"} & {*sys.modules}
         print(json.dumps([json.loads(about["about.json"])["classes"], one_by_one.tolist()]))
@@ -166,6 +167,9 @@ def test_bad_use_is_one_line_and_status_2(trained, tmp_path):
         ((trained / "best.pt", "x.png", "--recipe", trained / "history.csv"), "Python script"),
         ((trained / "best.pt", "x.png", "--figure", "x.bmp"), ".png"),
         ((trained / "best.pt", "--export", "missing/m.pt2"), "missing/m.pt2"),
+        ((trained / "best.pt", "--export", "nothing"), "nothing is a folder"),
+        ((trained / "best.pt", "--export", ""), "folder"),
+        ((trained / "best.pt", "x.png", "--recipe", ROOT / "vgg_transfer.py"), "made by lenet_cifar"),
     ):
         _, err = run("predict.py", *args, cwd=tmp_path, status=2)
         one_error_line(err, part)

@@ -1,5 +1,7 @@
 """What a user of quick_cifar.py may rely on besides what all recipes share."""
 
+import importlib.util
+
 import pytest
 import torch
 from conftest import one_error_line, run
@@ -33,6 +35,19 @@ def test_no_tensorboard_and_an_activation_can_be_asked_for_and_predicted_with(tm
     run("predict.py", "runs/quick_cifar/best.pt", folder / "test/ball/0.png", cwd=tmp_path)
     _, err = run("quick_cifar.py", "--resume", "--activation", "relu", cwd=tmp_path, status=2)
     one_error_line(err, "--activation", "tanh", "relu")
+
+
+def without_tensorboard():
+    find = importlib.util.find_spec
+    importlib.util.find_spec = lambda name, *more: None if name == "tensorboard" else find(name, *more)
+
+
+def test_a_run_goes_on_where_tensorboard_is_not_and_says_so_if_asked_for_it(tmp_path, folder):
+    run("quick_cifar.py", "--data", folder, "--epochs", 1, cwd=tmp_path)
+    run("quick_cifar.py", "--resume", "--epochs", 2, cwd=tmp_path, before=without_tensorboard)
+    args = ("--resume", "--epochs", 3, "--tensorboard")
+    _, err = run("quick_cifar.py", *args, cwd=tmp_path, status=2, before=without_tensorboard)
+    one_error_line(err, "pip install tensorboard")
 
 
 @pytest.mark.parametrize("activation", ["none", "relu", "sigmoid", "tanh"])

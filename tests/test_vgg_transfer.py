@@ -221,6 +221,22 @@ def test_a_downloaded_data_set_takes_another_size_picture_by_picture(tmp_path):
     assert torch.equal(train[5][0].movedim(0, -1), expected)
 
 
+def test_grey_photos_become_what_colour_weights_expect(tmp_path):
+    for i in range(16):
+        picture = tmp_path / f"grey/{('train', 'test')[i % 2]}/{'ab'[i // 2 % 2]}/{i}.png"
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(picture), np.full((40, 50), 10 * i, np.uint8))
+    args = ("--data", "grey", "--size", 32, "--epochs", 1)
+    run(SCRIPT, *args, "--weights", "none", "--out", "a", cwd=tmp_path, before=first_blocks)
+    run(SCRIPT, *args, "--weights", "a/best.pt", "--freeze", "--out", "b", cwd=tmp_path, before=first_blocks)
+    plain = common.load_checkpoint(tmp_path / "a/best.pt")["model"]
+    torch.save(plain, tmp_path / "plain.pt")  # a state_dict that comes with ImageNet's mean and std
+    run(SCRIPT, *args, "--weights", "plain.pt", "--out", "c", cwd=tmp_path, before=first_blocks)
+    for out in "abc":
+        assert common.load_checkpoint(tmp_path / out / "last.pt")["spec"]["channels"] == 3
+        run("predict.py", f"{out}/best.pt", "grey/test/a/1.png", cwd=tmp_path, before=first_blocks)
+
+
 def test_other_weights_are_refused_in_one_line(tmp_path, folder):
     args = ("--data", folder, "--size", 32, "--epochs", 1)
     torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "linear.pt")
