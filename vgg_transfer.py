@@ -77,9 +77,10 @@ class Kept(common.Pictures):
     @torch.no_grad()
     def fill(self, needed, args):
         """Run the body over the pictures at these indices, int64 (M,)."""
-        some = max(8, 2**16 // self.spec.size**2)  # pictures at once; always as many, for the same rounding
-        fill = -len(needed) % some if len(needed) < len(self) else 0
-        parts = torch.cat([needed, needed[:1].expand(fill)]).split(some)
+        some = max(8, 2**16 // self.spec.size**2)  # pictures at once
+        # Rounding depends on how many: where an epoch has but a part of the set, the last ones are filled up.
+        more = -len(needed) % some if len(needed) < len(self) else 0
+        parts = torch.cat([needed, needed[:1].expand(more)]).split(some)
         loaded = common.progress(common.batches(self.pictures, parts, args), "frozen layers", len(parts))
         for part, (pictures, _) in zip(parts, loaded, strict=True):
             with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp):
