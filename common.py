@@ -768,8 +768,8 @@ def keep_memory():
     and has it zeroed anew, page by page, which is a seventh of the time of a step on CPUs."""
     with contextlib.suppress(AttributeError, OSError, TypeError):  # only glibc has mallopt
         c = ctypes.CDLL(None)
-        c.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: blocks of up to so many bytes come from the heap,
-        c.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD: which shrinks when so many are free at its end
+        c.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, bytes: larger blocks still go, lest the heap fill with holes
+        c.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD: the heap shrinks when so much is free at its end
 
 
 def train_one_epoch(model, data, loss_fn, optimizer, args, epoch, scheduler=None, augment=None, log=None):
