@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-
+import common  # noqa: E402
 
 # Processes that begin with the slow imports done: a test starts a script in 0.1 s instead of 3.
 WARM = multiprocessing.get_context("forkserver")
@@ -27,16 +27,16 @@ def start(script, *args, cwd, **options):
     return subprocess.Popen(command, cwd=cwd, env={**os.environ, "PYTHONPATH": str(ROOT)}, **options)
 
 
-def run(script, *args, cwd, status=0, before=None):
+def run(script, *args, cwd, status=0, before=None, figures=False):
     """Run a script to its end in a warm process, after the function `before`; returns (stdout, stderr). Fails
-    where its exit status is another than `status`."""
-    return finish(warm(script, *args, cwd=cwd, before=before), status)
+    where its exit status is another than `status`. Figures, half the time of a tiny run, only if wanted."""
+    return finish(warm(script, *args, cwd=cwd, before=before, figures=figures), status)
 
 
-def warm(script, *args, cwd, before=None, name=""):
+def warm(script, *args, cwd, before=None, name="", figures=False):
     """Start a script in a warm process, after the function `before`; `name` is for several in one folder."""
     files = [Path(cwd, f".stdout{name}"), Path(cwd, f".stderr{name}")]
-    args = (str(ROOT / script), [*map(str, args)], str(cwd), files, dict(os.environ), before)
+    args = (str(ROOT / script), [*map(str, args)], str(cwd), files, dict(os.environ), before, figures)
     process = WARM.Process(target=_run, args=args)
     process.start()
     return process, files
@@ -54,12 +54,14 @@ def finish(started, status):
     return out, err
 
 
-def _run(script, args, cwd, files, environment, before):
+def _run(script, args, cwd, files, environment, before, figures):
     os.environ.update(environment)
     for descriptor, file in enumerate(files, 1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
     os.chdir(cwd)
     sys.argv = [script if os.path.dirname(script) != str(ROOT) else os.path.basename(script), *args]
+    if not figures:
+        common.figure = lambda width, height: None
     if before:
         before()
     runpy.run_path(script, run_name="__main__")

@@ -262,8 +262,8 @@ def test_strange_names_are_classes_as_any_others(tmp_path, folder):
         for name, strange in names.items():
             shutil.copytree(folder / part / name, tmp_path / "mine" / part / strange)
             (tmp_path / "mine" / part / strange / ".hidden.png").write_text("no picture")
-    out, _ = run(SCRIPT, "--data", "mine", "--epochs", 1, cwd=tmp_path)
+    out, _ = run(SCRIPT, "--data", "mine", "--epochs", 1, cwd=tmp_path, figures=True)
     assert "a$x$ _{b" in out and "3 classes, 60 + 21 images" in out
     args = ("runs/lenet_cifar/best.pt", "mine/test", "--csv", "t.csv", "--figure", "f.png")
-    out, _ = run("predict.py", *args, cwd=tmp_path)
+    out, _ = run("predict.py", *args, cwd=tmp_path, figures=True)
     assert len(out.splitlines()) == 21 and (tmp_path / "f.png").exists()

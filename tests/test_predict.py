@@ -76,7 +76,7 @@ def test_unreadable_files_are_named_and_the_others_classified(trained, tmp_path)
     (tmp_path / "empty.png").touch()
     names = ["cut.jpg", "text.png", "good.png", "empty.png", "missing.png", "cut.png"]
     args = (trained / "best.pt", *names, "--figure", "out.png")
-    out, err = run("predict.py", *args, cwd=tmp_path, status=2)
+    out, err = run("predict.py", *args, cwd=tmp_path, status=2, figures=True)
     assert out.startswith("good.png: ") and out.count("\n") == 1
     assert (tmp_path / "out.png").stat().st_size > 1000
     for name in set(names) - {"good.png"}:
@@ -171,5 +171,5 @@ def test_bad_use_is_one_line_and_status_2(trained, tmp_path):
         ((trained / "best.pt", "--export", ""), "folder"),
         ((trained / "best.pt", "x.png", "--recipe", ROOT / "vgg_transfer.py"), "made by lenet_cifar"),
     ):
-        _, err = run("predict.py", *args, cwd=tmp_path, status=2)
+        _, err = run("predict.py", *args, cwd=tmp_path, status=2, figures=True)
         one_error_line(err, part)

@@ -12,7 +12,7 @@ import quick_cifar
 
 
 def test_one_batch_of_drawn_digits_leaves_a_run_that_tensorboard_shows(tmp_path):
-    run("quick_cifar.py", "--data", "drawn", "--epochs", 2, "--limit-batches", 60, cwd=tmp_path)
+    run("quick_cifar.py", "--data", "drawn", "--epochs", 2, "--limit-batches", 60, cwd=tmp_path, figures=True)
     folder = tmp_path / "runs/quick_cifar"
     assert {"epoch_1.pt", "epoch_2.pt", "last.pt", "best.pt", "confusion.png"} <= {
         f.name for f in folder.iterdir()
