@@ -906,7 +906,7 @@ def open_run(out, train_set, args):
     if args.tensorboard and not importlib.util.find_spec("tensorboard"):
         raise UserError("--tensorboard needs a package: pip install tensorboard")
     if not importlib.util.find_spec("matplotlib"):
-        print("pip install matplotlib brings samples.png, curves.png and confusion.png to this run")
+        print("pip install matplotlib brings samples.png, curves.png, confusion.png to a run")
     if (out / "last.pt").exists() and not args.resume:
         print(f"{out} has an earlier run, kept until the first epoch of this one is whole")
     save_figure(draw_grid(*sample(train_set), "Training pictures and their classes"), out / "samples.png")
