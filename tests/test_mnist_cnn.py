@@ -1,12 +1,17 @@
 """What a user of mnist_cnn.py may rely on besides what all recipes share."""
 
 import gzip
+import hashlib
+import http.server
 import struct
+import threading
+from functools import partial
 
 import cv2
 import numpy as np
 import pytest
 import torch
+import torchvision
 from conftest import one_error_line, run
 
 import common
@@ -53,6 +58,29 @@ def test_both_networks_learn_both_data_sets_and_predict(mnist, dataset, model):
     cv2.imwrite(str(mnist / "x.png"), np.zeros((100, 100), np.uint8))
     out, _ = run("predict.py", "runs/mnist_cnn/best.pt", "x.png", cwd=mnist)
     assert out.startswith("x.png: ")
+
+
+def served_at(address, sums):
+    kind = torchvision.datasets.FashionMNIST
+    kind.mirrors, kind.resources = [address], [(name, sums[name]) for name, _ in kind.resources]
+
+
+def test_fashion_is_downloaded_and_checked_by_its_md5(mnist):
+    raw = mnist / "data/FashionMNIST/raw"
+    handler = partial(http.server.SimpleHTTPRequestHandler, directory=raw)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}/"
+    sums = {file.name: hashlib.md5(file.read_bytes()).hexdigest() for file in raw.glob("*.gz")}
+    args = ("--dataset", "fashion", "--epochs", 1, "--data", "new")
+    wrong = partial(served_at, address, dict.fromkeys(sums, "0" * 32))
+    _, err = run("mnist_cnn.py", *args, cwd=mnist, status=2, before=wrong)
+    one_error_line(err.splitlines(keepends=True)[-1], "FashionMNIST is not in new", "--data FOLDER")
+    out, _ = run("mnist_cnn.py", *args, cwd=mnist, before=partial(served_at, address, sums))
+    assert "FashionMNIST is not in new: downloading it" in out and "40 + 10 images" in out
+    server.shutdown()
+    out, _ = run("mnist_cnn.py", *args, "--out", "again", cwd=mnist)
+    assert "downloading" not in out
 
 
 @pytest.mark.parametrize("left", [0, 1000])  # bytes of a file that was not written whole
