@@ -55,7 +55,7 @@ def log_pictures(log, epoch, model, data, device):
             warnings.simplefilter("ignore")  # it traces with what PyTorch calls deprecated
             log.add_graph(model, x)
     guesses = [data.spec.classes[i] for i in model(x).argmax(1).tolist()]
-    titles = [f"{guess} ({name})" for guess, name in zip(guesses, names, strict=True)]
+    titles = [f"{guess}\n({name})" for guess, name in zip(guesses, names, strict=True)]
     if figure := common.draw_grid(pictures, titles, "Predicted (true) classes of test pictures"):
         log.add_figure("predictions", figure, epoch)
     x = x[:1]
