@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -20,10 +21,16 @@ WARM = multiprocessing.get_context("forkserver")
 WARM.set_forkserver_preload(["torch", "torchvision", "torch._dynamo", "cv2", "matplotlib.figure", "conftest"])
 
 
+def hear_ctrl_c():
+    """What was started in the background, as CI may start pytest, ignores SIGINT, and so do its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def start(script, *args, cwd, **options):
     """Start a script as the user does, `python SCRIPT ...` in the folder `cwd`; returns the process."""
     command = [sys.executable, str(ROOT / script), *map(str, args)]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
+    options["preexec_fn"] = hear_ctrl_c
     return subprocess.Popen(command, cwd=cwd, env={**os.environ, "PYTHONPATH": str(ROOT)}, **options)
 
 
