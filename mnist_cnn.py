@@ -42,7 +42,7 @@ class CNN(nn.Module):
 class LeNet5(nn.Module):
     def __init__(self, channels, size, classes):
         super().__init__()
-        side = ((size - 2) // 2 - 2) // 2  # 32 -> 30 -> 15 -> 13 -> 6
+        side = ((size + 2) // 2 - 2) // 2  # 28, padded: 32 -> 30 -> 15 -> 13 -> 6
         self.conv1 = nn.Conv2d(channels, 6, 3)
         self.conv2 = nn.Conv2d(6, 16, 3)
         self.fc1 = nn.Linear(16 * side * side, 120)
@@ -50,7 +50,8 @@ class LeNet5(nn.Module):
         self.fc3 = nn.Linear(84, classes)
 
     def forward(self, x):
-        x = F.relu(F.max_pool2d(self.conv1(x), 2))  # (N, 1, 32, 32) -> (N, 6, 30, 30) -> (N, 6, 15, 15)
+        x = F.pad(x, [2, 2, 2, 2])  # LeNet-5 is made for 32x32: (N, 1, 28, 28) -> (N, 1, 32, 32)
+        x = F.relu(F.max_pool2d(self.conv1(x), 2))  # -> (N, 6, 30, 30) -> (N, 6, 15, 15)
         x = F.relu(F.max_pool2d(self.conv2(x), 2))  # -> (N, 16, 13, 13) -> (N, 16, 6, 6)
         # The source counts 16 * 5 * 5 inputs here; on 32x32 they are 16 * 6 * 6.
         x = F.relu(self.fc1(x.flatten(1)))
@@ -58,36 +59,57 @@ class LeNet5(nn.Module):
         return self.fc3(x)
 
 
-def turn_and_shift(pictures, generator, mirror):
-    """Augment a batch (N, C, H, W), each picture by its own draw: turned by up to 8 degrees, up to 8 % larger
-    or smaller, moved by up to 1.5 pixels; mirrored half the time, if `mirror`."""
-    turn, scale, dx, dy, flip = torch.rand(5, len(pictures), generator=generator) * 2 - 1
-    turn, scale = turn * math.radians(8), 1 + 0.08 * scale
-    shift = 3 / pictures.shape[-1]  # 1.5 pixels, where half a side is 1
-    cos, sin = scale * torch.cos(turn), scale * torch.sin(turn)
-    side = torch.where(flip < 0, -1.0, 1.0) if mirror else 1.0
+class DarkBackground(nn.Module):
+    """Digits as MNIST's, light on black: for photos of ink on paper, since MNIST's own stay as they are.
+
+    The background is the median of the border; where it is nearer to the lightest pixel than to the darkest,
+    the image is inverted. Then the background becomes 0 and the lightest pixel 1.
+    """
+
+    def forward(self, x):  # (N, C, H, W), from 0 to 1
+        border = torch.cat([x[:, :, 0], x[:, :, -1], x[..., 0], x[..., -1]], 2).flatten(1)
+        background, pixels = border.median(1).values, x.flatten(1)
+        light = background - pixels.amin(1) > pixels.amax(1) - background
+        x = torch.where(light[:, None, None, None], 1 - x, x)
+        background = torch.where(light, 1 - background, background)[:, None, None, None]
+        lightest = x.amax((1, 2, 3), keepdim=True)
+        stretched = ((x - background) / (lightest - background).clamp(min=1 / 255)).clamp(min=0)
+        return torch.where(background > 0, stretched, x)
+
+
+def random_affine(images, flip):
+    """Data augmentation, each image of a batch (N, C, H, W) by its own draw: random rotation by up to 8
+    degrees, scaling by up to 8 %, translation by up to 1.5 pixels; if `flip`, random horizontal flip."""
+    angle, scale, dx, dy, mirror = torch.rand(5, len(images), device=images.device) * 2 - 1
+    angle, scale = angle * math.radians(8), 1 + 0.08 * scale
+    shift = 3 / images.shape[-1]  # 1.5 pixels, where half a side is 1
+    cos, sin = scale * torch.cos(angle), scale * torch.sin(angle)
+    side = torch.where(mirror < 0, -1.0, 1.0) if flip else 1.0
     rows = torch.stack([side * cos, -sin, shift * dx]), torch.stack([side * sin, cos, shift * dy])
-    where = torch.stack(rows).permute(2, 0, 1).to(pictures.device)  # (N, 2, 3)
-    grid = F.affine_grid(where, pictures.shape, align_corners=False)
-    return F.grid_sample(pictures, grid, align_corners=False)  # what comes in from outside is 0, the ground
+    affine = torch.stack(rows).permute(2, 0, 1)  # (N, 2, 3)
+    grid = F.affine_grid(affine, images.shape, align_corners=False)
+    return F.grid_sample(images / 255, grid, align_corners=False)  # what comes in from outside is 0
 
 
 def build_model(spec, args):
-    """The network for pictures of this `common.Spec`; predict.py calls it too."""
-    network = LeNet5 if args.model == "lenet5" else CNN
-    return network(spec.channels, spec.size, len(spec.classes))
+    """The network for images of this `common.Spec`; predict.py calls it too."""
+    network = (LeNet5 if args.model == "lenet5" else CNN)(spec.channels, spec.size, len(spec.classes))
+    return nn.Sequential(DarkBackground(), network) if args.dataset == "mnist" else network
 
 
-def main():
-    also = "a one-cycle schedule, smoothed labels, pictures turned, scaled, shifted (clothes also mirrored)"
-    parser = common.Parser(__file__, __doc__, TUNED, also, epochs=10, batch_size=256, lr=0.0002)
-    parser.flag("--model", "the network", choices=["cnn", "lenet5"])
-    parser.flag("--dataset", "what a download folder has", choices=["mnist", "fashion"])
+def parser():
+    parser = common.RecipeParser(__file__, __doc__, TUNED, epochs=10, batch_size=256, lr=0.0002, size=28)
+    recipe = parser.add_flags("network and data set")
+    recipe("--model", "the network", choices=["cnn", "lenet5"])
+    recipe("--dataset", "what a download folder has", choices=["mnist", "fashion"])
     parser.set_defaults(model="cnn", dataset="mnist")
-    args = parser.parse_args()
+    return parser
+
+
+def main(argv=None):
+    args = parser().parse_args(argv)
     dataset = {"mnist": "MNIST", "fashion": "FashionMNIST"}[args.dataset]
-    size = 32 if args.model == "lenet5" else 28
-    train_set, test_set = common.load_data(args, dataset, size, channels=1, mean=0, std=1, dark_ground=True)
+    train_set, test_set = common.load_data(args, dataset, channels=1, mean=0, std=1)
 
     torch.manual_seed(args.seed)
     model = build_model(train_set.spec, args)
@@ -95,10 +117,12 @@ def main():
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
     scheduler = augment = None
     if args.tuned:
-        scheduler = common.one_cycle(optimizer, train_set, args)
-        augment = partial(turn_and_shift, mirror=train_set.mirror and args.dataset == "fashion")
+        scheduler = common.one_cycle(
+            optimizer, train_set, args
+        )  # stepped after every batch; others: every epoch
+        augment = partial(random_affine, flip=args.dataset == "fashion")  # a mirrored digit is none
 
-    common.fit(model, train_set, test_set, loss_fn, optimizer, args, scheduler, augment)
+    return common.fit(model, train_set, test_set, loss_fn, optimizer, args, scheduler, augment)
 
 
 if __name__ == "__main__":

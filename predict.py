@@ -1,22 +1,22 @@
-"""Classify pictures with a checkpoint, prepared exactly as in training.
+"""Classify images with a checkpoint, prepared exactly as in training.
 
 python predict.py runs/lenet_cifar/best.pt dog.png
 python predict.py runs/lenet_cifar/best.pt dog.png holiday/ --top 3 --figure out.png --csv out.csv
 python predict.py --recipe my_net.py runs/my_net/best.pt dog.png      # a recipe of your own
 python predict.py runs/lenet_cifar/best.pt --export model.pt2         # for where this repository is not
 
-model.pt2 opens with torch alone. It takes uint8 pictures (N, C, H, W) and gives probabilities (N, classes):
+model.pt2 opens with torch alone. It takes uint8 images (N, C, H, W) and gives probabilities (N, classes):
 
-    about = {"about.json": ""}           # filled in: class names, and how pictures are to be prepared
+    about = {"about.json": ""}           # filled in: class names, and how images are to be prepared
     model = torch.export.load("model.pt2", extra_files=about).module()
 """
 
 import argparse
 import csv
+import importlib.util
 import json
-import os
 import sys
-from concurrent.futures import ThreadPoolExecutor
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 
@@ -25,113 +25,136 @@ import torch
 import common
 
 
-def load_model(path, recipe, device):
-    """A checkpoint's network, ready for uint8 pictures (N, C, H, W), and the `common.Spec` of these."""
+def import_recipe(name, file=None):
+    """The module of a recipe: the script `file`, else the one of this repository that is called `name`. What
+    is imported is never for a checkpoint to decide. Raises UserError where it is no recipe."""
+    if not file and name not in common.RECIPES:
+        raise common.UserError(f"{name} is not in this repository: add --recipe {name}.py, its script")
+    file = Path(file) if file else Path(__file__).with_name(f"{name}.py")
+    if not file.is_file() or file.suffix != ".py":
+        raise common.UserError(f"no recipe {file}: --recipe takes the Python script that made the checkpoint")
+    sys.path.insert(0, str(file.parent.resolve()))  # for what stands beside it
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    module = sys.modules[file.stem] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except ImportError as error:
+        raise common.UserError(f"{file}: {error}: add its folder to PYTHONPATH") from None
+    if not hasattr(module, "build_model"):
+        raise common.UserError(f"{file} has no build_model(spec, args), which makes its network")
+    return module
+
+
+def load_model(path, recipe=None, device="cpu"):
+    """A checkpoint's network, for uint8 images (N, C, H, W) -> logits (N, classes), in eval mode, and the
+    `common.Spec` of its images. recipe: the script that made it, where that is not of this repository."""
     checkpoint = common.load_checkpoint(path)
     spec = common.Spec(**checkpoint["spec"])
-    recipe = common.import_recipe(checkpoint["recipe"], recipe)
+    module = import_recipe(checkpoint["recipe"], recipe)
     try:
-        network = recipe.build_model(spec, argparse.Namespace(**checkpoint["settings"]))
-    except AttributeError as error:  # a flag that its run had not
+        network = module.build_model(spec, argparse.Namespace(**checkpoint["settings"]))
+    except (AttributeError, KeyError) as error:  # a flag that its run had not
         made_by = f"{path} was made by {checkpoint['recipe']}"
         raise common.UserError(f"{made_by}, and not by this --recipe: {error}") from None
-    common.load_weights(network, checkpoint)
-    return torch.nn.Sequential(common.Normalise(spec), network).to(device).eval(), spec
+    common.load_parameters(network, checkpoint)
+    return torch.nn.Sequential(common.Normalize(spec), network).to(device).eval(), spec
 
 
 def export(model, spec, path):
-    """Write a torch.export program of the network, uint8 pictures to probabilities, for any batch size."""
+    """Write a torch.export program of the network, uint8 images to probabilities, for any batch size."""
     example = torch.zeros(2, spec.channels, spec.size, spec.size, dtype=torch.uint8)
     whole = torch.nn.Sequential(model.cpu(), torch.nn.Softmax(1)).eval().requires_grad_(False)
     program = torch.export.export(whole, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    with common.replacing(Path(path)) as file:
+    if Path(path).is_dir():
+        raise common.UserError(f"{path or 'nothing'} is a folder: name a file")
+    with common.atomic_write(Path(path)) as temporary, open(temporary, "wb") as file:
         torch.export.save(program, file, extra_files={"about.json": json.dumps(asdict(spec))})
 
 
 def find_files(paths):
-    """The files that are named, and the pictures below the folders that are."""
+    """The files that are named, and the images below the folders that are."""
     files = []
     for path in map(Path, paths):
-        found = common.find_pictures(path) if path.is_dir() else [path]
+        found = common.find_images(path) if path.is_dir() else [path]
         if not found:
-            raise common.UserError(f"no pictures in {path}, whose names end in {common.KINDS}")
+            raise common.UserError(f"no images in {path}, whose names end in {' '.join(common.SUFFIXES)}")
         files += found
     return files
 
 
-def why_not(file):
-    """What is wrong with a file that `common.decode` cannot read."""
-    if not file.exists():
-        return "no such file"
-    if not os.access(file, os.R_OK):
-        return "no permission to read it"
-    return "an empty file" if not file.stat().st_size else "not a picture, or damaged"
-
-
 @torch.inference_mode()
-def classify(model, spec, files, device, batch_size=64):
-    """Yield (file, uint8 picture (C, H, W), probabilities (classes,)) a file, or (file, None, None) where it
-    cannot be read. Decodes a batch at a time, in threads: memory does not grow with the number of files."""
+def classify(model, spec, files, device="cpu", batch_size=64):
+    """Yield (file, uint8 image (C, H, W), probabilities (classes,)) of each file, (file, None, None) where
+    it cannot be read. Reads a batch at a time: memory does not grow with the number of files."""
+    for start in range(0, len(files), batch_size):
+        some = files[start : start + batch_size]
+        images = list(common.read_images(some, spec))
+        images = [None if image is None else torch.from_numpy(image).movedim(-1, 0) for image in images]
+        good = [image for image in images if image is not None]
+        rows = iter(model(torch.stack(good).to(device)).float().softmax(1).cpu() if good else [])
+        for file, image in zip(some, images, strict=True):
+            yield file, image, None if image is None else next(rows)
 
-    def read(file):
-        picture = common.decode(file)
-        if picture is not None:
-            return torch.from_numpy(common.prepare(picture, spec)).movedim(-1, 0)
 
-    with ThreadPoolExecutor() as pool:
-        for start in range(0, len(files), batch_size):
-            some = files[start : start + batch_size]
-            pictures = list(pool.map(read, some))
-            good = [picture for picture in pictures if picture is not None]
-            rows = iter(model(torch.stack(good).to(device)).float().softmax(1).cpu() if good else [])
-            for file, picture in zip(some, pictures, strict=True):
-                yield file, picture, None if picture is None else next(rows)
+def parse_args():
+    parser = common.ArgumentParser(__doc__)
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="best.pt or last.pt of a run folder")
+    parser.add_argument("images", metavar="IMAGE", nargs="*", help="files, and folders of images")
+    parser.add_argument("--recipe", metavar="FILE", help="the script that made the checkpoint, if your own")
+    parser.add_argument("--top", default=1, help="classes an image", **common.number(int, 1))
+    parser.add_argument("--figure", metavar="FILE", help="draw the images with their classes, a PNG say")
+    parser.add_argument("--csv", metavar="FILE", help="write files, classes, probabilities as a table")
+    parser.add_argument("--export", metavar="FILE", help="write the network for torch.export.load")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
+    args = parser.parse_args()
+    if args.figure and not common.HAS_MATPLOTLIB:
+        raise common.UserError("--figure needs a package: pip install matplotlib")
+    if args.figure and Path(args.figure).suffix.lower() not in (".png", ".jpg", ".pdf", ".svg"):
+        raise common.UserError(f"--figure {args.figure}: end its name in .png, .jpg, .pdf or .svg")
+    if not args.images and args.export is None:
+        parser.error("name at least one IMAGE, a file or a folder")
+    return args
 
 
 def main():
-    parser = common.OneLineParser(__doc__)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="best.pt or last.pt of a run folder")
-    parser.add_argument("pictures", metavar="PICTURE", nargs="*", help="files, and folders of pictures")
-    parser.add_argument("--recipe", metavar="FILE", help="the script that made the checkpoint, if your own")
-    parser.flag("--top", "classes a picture", metavar="K", type=common.number(int), default=1)
-    parser.add_argument("--figure", metavar="FILE", help="draw the pictures with their classes, a PNG say")
-    parser.add_argument("--csv", metavar="FILE", help="write files, classes, probabilities as a table")
-    parser.add_argument("--export", metavar="FILE", help="write the network for torch.export.load")
-    parser.flag("--device", "auto, cpu, cuda, cuda:1 or mps", default="auto")
-    args = parser.parse_args()
-    if args.figure and not (empty := common.figure(1, 1)):
-        raise common.UserError("--figure needs a package: pip install matplotlib")
-    if args.figure and Path(args.figure).suffix[1:].lower() not in empty.canvas.get_supported_filetypes():
-        raise common.UserError(f"--figure {args.figure}: end its name in .png, .jpg, .pdf or .svg")
-    if not args.pictures and args.export is None:
-        parser.error("name at least one PICTURE, a file or a folder")
+    args = parse_args()
     device = common.pick_device(args.device)
     model, spec = load_model(args.checkpoint, args.recipe, device)
     if args.export is not None:
         export(model, spec, args.export)
-        print(f"{args.export}: uint8 ({spec.channels}, {spec.size}, {spec.size}) pictures to probabilities")
+        print(f"{args.export}: uint8 ({spec.channels}, {spec.size}, {spec.size}) images to probabilities")
         model.to(device)
-    files, top = find_files(args.pictures), min(args.top, len(spec.classes))
 
-    table, drawn, unreadable = [["file", "rank", "class", "probability"]], [], 0
-    for file, picture, probabilities in classify(model, spec, files, device):
-        if picture is None:
-            print(f"{parser.prog}: error: cannot read {file}: {why_not(file)}", file=sys.stderr)
+    table, drawn, unreadable, known, wrong = [["file", "rank", "class", "probability"]], [], 0, 0, []
+    for file, image, probabilities in classify(model, spec, find_files(args.images), device):
+        if image is None:
+            why = "no image, or a damaged one" if file.is_file() else "no such file"
+            print(f"predict.py: error: cannot read {common.printable(str(file))}: {why}", file=sys.stderr)
             unreadable += 1
             continue
-        values, indices = probabilities.topk(top)
+        values, indices = probabilities.topk(min(args.top, len(spec.classes)))
         best = [(spec.classes[i], value) for i, value in zip(indices.tolist(), values.tolist(), strict=True)]
-        print(f"{file}: " + ", ".join(f"{name} {value:.4f}" for name, value in best))
+        line = ", ".join(f"{name} {value:.4f}" for name, value in best)
+        print(common.printable(f"{file}: {line}"))
         table += [[str(file), rank, name, f"{value:.6f}"] for rank, (name, value) in enumerate(best, 1)]
-        if len(drawn) < 64:  # more would not be legible
-            drawn.append((picture, f"{file.name}\n{common.short(best[0][0])} {best[0][1]:.2f}"))
+        if file.parent.name in spec.classes:  # a folder that is named as a class says what is right
+            known += 1
+            if best[0][0] != file.parent.name:
+                wrong.append(len(drawn))
+        drawn.append((image, f"{file.name}\n{best[0][0]} {best[0][1]:.2f}"))
+    if known:
+        right = known - len(wrong)
+        print(f"{right} of {known} right, {right / known:.4f}, by the names of their folders")
     if args.csv:
         with open(args.csv, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
             csv.writer(file).writerows(table)
     if args.figure and drawn:
-        heading = "What the network sees, its class and the probability"
-        common.save_figure(common.draw_grid(*zip(*drawn, strict=True), heading), args.figure)
-    raise SystemExit(2 if unreadable else 0)
+        images, titles = zip(*drawn[:64], strict=True)  # more would not be legible
+        heading = "What the network sees, its class and the probability; in red what is wrong"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            common.draw_grid(torch.stack(images), titles, heading, wrong).savefig(args.figure)
+    sys.exit(2 if unreadable else 0)
 
 
 if __name__ == "__main__":

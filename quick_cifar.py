@@ -40,40 +40,37 @@ class Quick(nn.Module):
 
 
 def build_model(spec, args):
-    """The network for pictures of this `common.Spec`; predict.py calls it too."""
+    """The network for images of this `common.Spec`; predict.py calls it too."""
     return Quick(spec.channels, spec.size, len(spec.classes), args.activation)
 
 
 @torch.no_grad()
-def log_pictures(log, epoch, model, data, device):
-    """Show TensorBoard the input, the graph, a picture's way through the layers, and predictions."""
-    pictures, names = common.sample(data)
-    x = data.normaliser().to(device)(pictures.to(device))
+def log_images(writer, epoch, model, dataset, device):
+    """Show TensorBoard the graph, and the way of an image through the layers."""
+    x = dataset.normalize(dataset[:1][0].to(device))
     if epoch == 1:
-        log.add_image("input", torchvision.utils.make_grid(pictures), 0)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it traces with what PyTorch calls deprecated
-            log.add_graph(model, x)
-    guesses = [data.spec.classes[i] for i in model(x).argmax(1).tolist()]
-    titles = [f"{guess}\n({name})" for guess, name in zip(guesses, names, strict=True)]
-    if figure := common.draw_grid(pictures, titles, "Predicted (true) classes of test pictures"):
-        log.add_figure("predictions", figure, epoch)
-    x = x[:1]
+            writer.add_graph(model, x)
     for number, layer in enumerate(model.features):
-        for when, maps in (("before", x), ("after", x := layer(x))):
+        for when, maps in (("before", x), ("after", x := layer(x))):  # (1, C, H, W)
             grid = torchvision.utils.make_grid(maps[0][:, None], normalize=True, scale_each=True)
-            log.add_image(f"layer {number} {type(layer).__name__}/{when}", grid, epoch)
+            writer.add_image(f"layer {number} {type(layer).__name__}/{when}", grid, epoch)
 
 
-def main():
-    also = "Nesterov momentum, a one-cycle schedule, pictures standardised, mirrored, shifted"
-    parser = common.Parser(__file__, __doc__, TUNED, also, epochs=10, batch_size=64, lr=0.01)
-    parser.flag("--activation", "after each pooling", choices=["none", *ACTIVATIONS])
+def parser():
+    parser = common.RecipeParser(__file__, __doc__, TUNED, epochs=10, batch_size=64, lr=0.01, size=32)
+    recipe = parser.add_flags("network")
+    recipe("--activation", "after each pooling", choices=["none", *ACTIVATIONS])
     here = importlib.util.find_spec("tensorboard") is not None
     parser.set_defaults(activation="none", tensorboard=here, save_every=1)
-    args = parser.parse_args()
+    return parser
+
+
+def main(argv=None):
+    args = parser().parse_args(argv)
     mean, std = (0.5, 0.25) if args.tuned else (0, 1)  # the source has pixels from 0 to 1
-    train_set, test_set = common.load_data(args, "CIFAR10", size=32, mean=mean, std=std)
+    train_set, test_set = common.load_data(args, "CIFAR10", mean=mean, std=std)
 
     torch.manual_seed(args.seed)
     model = build_model(train_set.spec, args)
@@ -82,14 +79,17 @@ def main():
     scheduler = augment = None
     if args.tuned:
         optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, nesterov=True)
-        scheduler = common.one_cycle(optimizer, train_set, args)
-        augment = partial(common.flip_and_shift, mirror=train_set.mirror, pixels=2)
+        scheduler = common.one_cycle(
+            optimizer, train_set, args
+        )  # stepped after every batch; others: every epoch
+        flip = args.data != "drawn"  # a mirrored dog is a dog, a mirrored digit is none
+        augment = partial(common.random_flip_and_crop, padding=2, flip=flip)
 
-    def after_epoch(epoch, log):
-        if log:
-            log_pictures(log, epoch, model, test_set, args.device)
+    def after_epoch(row):
+        if args.writer:
+            log_images(args.writer, row["epoch"], model, test_set, args.device)
 
-    common.fit(model, train_set, test_set, loss_fn, optimizer, args, scheduler, augment, after_epoch)
+    return common.fit(model, train_set, test_set, loss_fn, optimizer, args, scheduler, augment, after_epoch)
 
 
 if __name__ == "__main__":

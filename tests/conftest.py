@@ -67,8 +67,7 @@ def _run(script, args, cwd, files, environment, before, figures):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
     os.chdir(cwd)
     sys.argv = [script if os.path.dirname(script) != str(ROOT) else os.path.basename(script), *args]
-    if not figures:
-        common.figure = lambda width, height: None
+    common.HAS_MATPLOTLIB = figures
     if before:
         before()
     runpy.run_path(script, run_name="__main__")

@@ -16,6 +16,7 @@ from conftest import one_error_line, run
 
 import common
 import mnist_cnn
+import predict
 
 
 def test_one_batch_of_drawn_digits(tmp_path):
@@ -72,10 +73,10 @@ def test_fashion_is_downloaded_and_checked_by_its_md5(mnist):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}/"
     sums = {file.name: hashlib.md5(file.read_bytes()).hexdigest() for file in raw.glob("*.gz")}
-    args = ("--dataset", "fashion", "--epochs", 1, "--data", "new")
+    args = ("--dataset", "fashion", "--epochs", 1, "--data", "new", "--download")
     wrong = partial(served_at, address, dict.fromkeys(sums, "0" * 32))
     _, err = run("mnist_cnn.py", *args, cwd=mnist, status=2, before=wrong)
-    one_error_line(err.splitlines(keepends=True)[-1], "FashionMNIST is not in new", "--data FOLDER")
+    one_error_line(err.splitlines(keepends=True)[-1], "FashionMNIST does not download to new", "--data drawn")
     out, _ = run("mnist_cnn.py", *args, cwd=mnist, before=partial(served_at, address, sums))
     assert "FashionMNIST is not in new: downloading it" in out and "40 + 10 images" in out
     server.shutdown()
@@ -88,53 +89,63 @@ def test_damaged_files_are_one_error_that_says_what_to_do(mnist, left):
     file = mnist / "data/MNIST/raw/train-images-idx3-ubyte"
     file.write_bytes(file.read_bytes()[:left])
     _, err = run("mnist_cnn.py", cwd=mnist, status=2)
-    one_error_line(err, "data/MNIST is damaged", "remove it")
+    one_error_line(err, "MNIST in data is damaged", "remove it")
 
 
-def test_a_picture_is_padded_as_in_training_and_turned_light_on_dark():
-    spec = common.Spec(list("0123456789"), 32, 1, 0, 1, pad=2, dark_ground=True)
-    digit = np.zeros((28, 28), np.uint8)
-    digit[4:24, 12:16] = 220
-    padded = np.pad(digit, 2)
-    assert np.array_equal(common.prepare(digit, spec)[..., 0], padded)
-    assert np.array_equal(common.prepare(255 - digit, spec)[..., 0], padded)
-    white = np.where(padded, 255, 0)
-    grey_paper, grey_ground = np.where(digit, 20, 180), np.where(digit, 180, 90)
-    for picture in (grey_paper, grey_ground):
-        assert np.array_equal(common.prepare(picture.astype(np.uint8), spec)[..., 0], white)
-    photo = cv2.cvtColor(cv2.resize(grey_paper.astype(np.uint8), (600, 400)), cv2.COLOR_GRAY2RGB)
-    dark_corners = 1 - 0.25 * np.hypot(*np.mgrid[-1:1:400j, -1:1:600j])[..., None]  # as a lens makes them
-    for shaded in (photo, (photo * dark_corners).astype(np.uint8)):
-        found = common.prepare(shaded, spec)[..., 0]
-        assert found[16, 15] > 200 and found[16, 4] < 60 and found[0, 0] == 0
+def test_photos_of_digits_become_light_on_black():
+    digit = torch.zeros(1, 1, 28, 28)
+    digit[..., 4:24, 12:16] = 220 / 255
+    dark = mnist_cnn.DarkBackground()
+    assert torch.equal(dark(digit), digit)
+    torch.testing.assert_close(dark(1 - digit), digit)
+    white = (digit > 0).float()
+    gray_paper, gray_background = torch.where(white > 0, 0.1, 0.7), torch.where(white > 0, 0.7, 0.35)
+    for images in (gray_paper, gray_background):
+        torch.testing.assert_close(dark(images), white)
+    both = torch.cat([digit, gray_paper])
+    torch.testing.assert_close(dark(both), torch.cat([digit, white]))  # each image by itself
 
 
-def no_mirror():
+def test_fashion_is_prepared_as_it_was_trained_on(mnist):
+    run("mnist_cnn.py", "--dataset", "fashion", "--epochs", 1, "--batch-size", 16, cwd=mnist)
+    kind = torchvision.datasets.FashionMNIST(mnist / "data", train=False)
+    for i, (image, _) in enumerate(kind):
+        image.save(mnist / f"{i}.png")
+    model, spec = predict.load_model(mnist / "runs/mnist_cnn/best.pt")
+    files = [mnist / f"{i}.png" for i in range(len(kind))]
+    found = torch.stack([image for _, image, _ in predict.classify(model, spec, files)])
+    assert torch.equal(found[:, 0], kind.data)
+
+
+def no_flip():
     def fit(*args):
-        assert args[-1].keywords == {"mirror": False}
+        assert args[-1].keywords == {"flip": False}
 
     common.fit = fit
 
 
-def test_digits_in_folders_are_not_mirrored(tmp_path, folder):
-    run("mnist_cnn.py", "--tuned", "--data", folder, cwd=tmp_path, before=no_mirror)
+def test_digits_in_folders_are_not_flipped(tmp_path, folder):
+    run("mnist_cnn.py", "--tuned", "--data", folder, cwd=tmp_path, before=no_flip)
 
 
-def test_each_picture_is_turned_scaled_moved_and_mirrored_by_its_own_draw():
-    picture = torch.zeros(1, 1, 28, 28)
-    picture[:, :, 8:20, 6:10] = 1  # an upright bar, left of the middle
-    some = picture.expand(300, 1, 28, 28)
-    found = mnist_cnn.turn_and_shift(some, torch.Generator().manual_seed(0), mirror=False)
+def test_each_image_is_rotated_scaled_moved_and_flipped_by_its_own_draw():
+    image = torch.zeros(1, 1, 28, 28, dtype=torch.uint8)
+    image[:, :, 8:20, 6:10] = 255  # an upright bar, left of the middle
+    some = image.expand(300, 1, 28, 28)
+    torch.manual_seed(0)
+    found = mnist_cnn.random_affine(some, flip=False)
     assert found.shape == some.shape and len({bytes(one.numpy()) for one in found}) == 300
+    assert found.min() >= 0 and found.max() <= 1.001
     mass = found.sum((1, 2, 3)) / 48
     assert 0.8 < mass.min() < 0.9 and 1.1 < mass.max() < 1.25  # 8 % a side
     column = (found.sum((1, 2)) * torch.arange(28)).sum(1) / found.sum((1, 2, 3))
     assert 7.5 - 3 < column.min() < 7 and 8 < column.max() < 7.5 + 3
-    found = mnist_cnn.turn_and_shift(some, torch.Generator().manual_seed(0), mirror=True)
+    found = mnist_cnn.random_affine(some, flip=True)
     right = (found[..., 14:].sum((1, 2, 3)) > found[..., :14].sum((1, 2, 3))).float().mean()
     assert 0.4 < right < 0.6
 
 
 def test_the_networks_have_the_sources_shapes():
     assert mnist_cnn.CNN(1, 28, 10).fc1.in_features == 576
-    assert mnist_cnn.LeNet5(1, 32, 10)(torch.zeros(5, 1, 32, 32)).shape == (5, 10)
+    assert mnist_cnn.LeNet5(1, 28, 10).fc1.in_features == 16 * 6 * 6
+    assert mnist_cnn.LeNet5(1, 28, 10)(torch.zeros(5, 1, 28, 28)).shape == (5, 10)

@@ -57,13 +57,27 @@ def test_every_kind_of_picture_is_classified_as_its_plain_png(trained, tmp_path)
 
 def test_prediction_sees_what_the_test_loop_sees(trained, folder):
     checkpoint = common.load_checkpoint(trained / "last.pt")
-    model, spec = predict.load_model(trained / "last.pt", None, torch.device("cpu"))
-    files = [file for name in spec.classes for file in common.find_pictures(folder / "test" / name)]
+    model, spec = predict.load_model(trained / "last.pt")
+    files = [file for name in spec.classes for file in common.find_images(folder / "test" / name)]
     correct = sum(
         spec.classes[chances.argmax()] == file.parent.name
-        for file, _, chances in predict.classify(model, spec, files, torch.device("cpu"))
+        for file, _, chances in predict.classify(model, spec, files)
     )
     assert correct / len(files) == checkpoint["history"][-1]["test_accuracy"]
+    out, _ = run(
+        "predict.py", trained / "last.pt", folder / "test", "--figure", "f.png", cwd=trained, figures=True
+    )
+    assert f"{correct} of {len(files)} right, {correct / len(files):.4f}" in out
+
+
+def test_what_is_transparent_is_white(tmp_path):
+    image = np.zeros((8, 8, 4), np.uint8)
+    image[:4, :, 3], image[4:, :, 3] = 255, 128  # black: above opaque, below half transparent
+    for name in ("a.png", "a.webp"):
+        cv2.imwrite(str(tmp_path / name), image, [cv2.IMWRITE_WEBP_QUALITY, 101])
+        assert common.decode(tmp_path / name)[:, 0, 0].tolist() == [0] * 4 + [127] * 4
+    cv2.imwrite(str(tmp_path / "deep.png"), image.astype(np.uint16) * 257)
+    assert common.decode(tmp_path / "deep.png")[:, 0, 0].tolist() == [0] * 4 + [127] * 4
 
 
 def test_unreadable_files_are_named_and_the_others_classified(trained, tmp_path):
@@ -81,7 +95,7 @@ def test_unreadable_files_are_named_and_the_others_classified(trained, tmp_path)
     assert (tmp_path / "out.png").stat().st_size > 1000
     for name in set(names) - {"good.png"}:
         assert f"cannot read {name}: " in err
-    assert "missing.png: no such file" in err and "empty.png: an empty file" in err
+    assert "missing.png: no such file" in err and "empty.png: no image" in err
 
 
 class Evil:
@@ -129,9 +143,9 @@ def test_an_exported_network_opens_with_torch_alone_and_gives_the_same(trained, 
     run("predict.py", *args, cwd=tmp_path)
     with open(tmp_path / "t.csv", newline="") as file:
         table = list(csv.DictReader(file))
-    _, spec = predict.load_model(trained / "best.pt", None, torch.device("cpu"))
-    files = common.find_pictures(folder / "test")
-    pictures = np.stack([common.prepare(common.decode(file), spec) for file in files]).transpose(0, 3, 1, 2)
+    _, spec = predict.load_model(trained / "best.pt")
+    files = common.find_images(folder / "test")
+    pictures = np.stack(list(common.read_images(files, spec))).transpose(0, 3, 1, 2)
     (tmp_path / "empty").mkdir()
     shutil.copy(tmp_path / "m.pt2", tmp_path / "empty")
     np.save(tmp_path / "empty/pictures.npy", pictures)
@@ -159,11 +173,11 @@ def test_an_exported_network_opens_with_torch_alone_and_gives_the_same(trained, 
 def test_bad_use_is_one_line_and_status_2(trained, tmp_path):
     (tmp_path / "nothing").mkdir()
     for args, part in (
-        ((trained / "best.pt", "nothing"), "no pictures in nothing"),
+        ((trained / "best.pt", "nothing"), "no images in nothing"),
         ((trained / "best.pt", "x.png", "--top", 0), "--top"),
         ((trained / "best.pt", "x.png", "--device", "cuda:77"), "cuda:77"),
         ((trained / "best.pt", "x.png", "--recipe", "none.py"), "none.py"),
-        ((trained / "best.pt",), "PICTURE"),
+        ((trained / "best.pt",), "IMAGE"),
         ((trained / "best.pt", "x.png", "--recipe", trained / "history.csv"), "Python script"),
         ((trained / "best.pt", "x.png", "--figure", "x.bmp"), ".png"),
         ((trained / "best.pt", "--export", "missing/m.pt2"), "missing/m.pt2"),

@@ -1,6 +1,7 @@
 """What a user of quick_cifar.py may rely on besides what all recipes share."""
 
 import importlib.util
+import sys
 
 import pytest
 import torch
@@ -20,12 +21,14 @@ def test_one_batch_of_drawn_digits_leaves_a_run_that_tensorboard_shows(tmp_path)
     log = EventAccumulator(str(folder), size_guidance={"images": 0})
     log.Reload()
     tags = log.Tags()
-    assert tags["graph"] and set(tags["scalars"]) == {"train/loss", "test/loss", "test/accuracy"}
-    assert [point.step for point in log.Scalars("train/loss")] == [100]  # each 100 steps, over the epochs
-    assert [point.step for point in log.Scalars("test/accuracy")] == [1, 2]
+    scalars = {"train/loss", "train/accuracy", "test/loss", "test/accuracy", "lr"}
+    assert tags["graph"] and set(tags["scalars"]) == scalars
+    assert len(log.Scalars("train/loss")) == 2 * 50  # each 1/50 of an epoch
+    for name in scalars - {"train/loss"}:
+        assert [point.step for point in log.Scalars(name)] == [60, 120]  # all over the same steps
     layers = {tag for tag in tags["images"] if tag.startswith("layer")}
     assert len(layers) == 12 and "layer 0 Conv2d/before" in layers and "layer 5 MaxPool2d/after" in layers
-    assert {"input", "predictions", "confusion"} <= set(tags["images"])
+    assert {"samples", "curves", "mistakes", "confusion"} <= set(tags["images"])
 
 
 def test_no_tensorboard_and_an_activation_can_be_asked_for_and_predicted_with(tmp_path, folder):
@@ -34,17 +37,19 @@ def test_no_tensorboard_and_an_activation_can_be_asked_for_and_predicted_with(tm
     assert not list((tmp_path / "runs/quick_cifar").glob("events*"))
     run("predict.py", "runs/quick_cifar/best.pt", folder / "test/ball/0.png", cwd=tmp_path)
     _, err = run("quick_cifar.py", "--resume", "--activation", "relu", cwd=tmp_path, status=2)
-    one_error_line(err, "--activation", "tanh", "relu")
+    one_error_line(err, "activation from tanh to relu")
 
 
 def without_tensorboard():
+    sys.modules["torch.utils.tensorboard"] = None
     find = importlib.util.find_spec
     importlib.util.find_spec = lambda name, *more: None if name == "tensorboard" else find(name, *more)
 
 
 def test_a_run_goes_on_where_tensorboard_is_not_and_says_so_if_asked_for_it(tmp_path, folder):
     run("quick_cifar.py", "--data", folder, "--epochs", 1, cwd=tmp_path)
-    run("quick_cifar.py", "--resume", "--epochs", 2, cwd=tmp_path, before=without_tensorboard)
+    args = ("--resume", "--epochs", 2, "--no-tensorboard")
+    run("quick_cifar.py", *args, cwd=tmp_path, before=without_tensorboard)
     args = ("--resume", "--epochs", 3, "--tensorboard")
     _, err = run("quick_cifar.py", *args, cwd=tmp_path, status=2, before=without_tensorboard)
     one_error_line(err, "pip install tensorboard")

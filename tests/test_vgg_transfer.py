@@ -1,7 +1,6 @@
 """What a user of vgg_transfer.py may rely on besides what all recipes share."""
 
 import csv
-import shutil
 import types
 
 import cv2
@@ -87,7 +86,7 @@ def test_photos_are_cut_as_the_weights_expect():
     expected = vgg_transfer.IMAGENET.transforms()(torch.from_numpy(photo).movedim(-1, 0))
     about = vgg_transfer.IMAGENET.transforms()
     spec.mean, spec.std = about.mean, about.std
-    found = common.Normalise(spec)(torch.from_numpy(common.prepare(photo, spec)).movedim(-1, 0)[None])[0]
+    found = common.Normalize(spec)(torch.from_numpy(common.prepare(photo, spec)).movedim(-1, 0)[None])[0]
     assert (found - expected).abs().mean() < 0.05
 
 
@@ -141,14 +140,12 @@ def two_tasks(tmp_path_factory):
     """Folders of drawn digits: many 0 to 4, and a few 5 to 9."""
     root = tmp_path_factory.mktemp("tasks")
     for part, some in (("train", 2000), ("test", 600)):
-        data = common.drawn_digits(common.Spec([], 32), part)
-        for i in range(some):
-            label = int(data.labels[i])
+        for i, (image, label) in enumerate(common.draw_digits(part, common.Spec([], 32))[:some]):
             if label > 4 and part == "train" and i >= 300:
                 continue
             file = root / ("many" if label < 5 else "few") / part / str(label) / f"{i}.png"
             file.parent.mkdir(parents=True, exist_ok=True)
-            cv2.imwrite(str(file), data.pixels[i].numpy())
+            cv2.imwrite(str(file), image)
     return root
 
 
@@ -170,55 +167,40 @@ def test_what_was_learnt_on_one_task_helps_with_another(tmp_path, two_tasks):
 
 
 @pytest.mark.parametrize("room", [2**31, 0])  # bytes: in memory, in a file
-def test_the_frozen_part_sees_every_picture_once(tmp_path, monkeypatch, room):
+def test_the_backbone_sees_every_image_once_and_is_not_in_training(tmp_path, monkeypatch, room):
     seen = []
 
     class Model(nn.Module):
         head = nn.Linear(3, 2)
 
-        def body(self, pictures):
-            seen.append(len(pictures))
-            return pictures.mean((2, 3))
+        def backbone(self, images):
+            assert not self.training
+            seen.append(len(images))
+            return images.mean((2, 3))
 
     monkeypatch.setattr(common, "IN_MEMORY", room)
-    pixels = torch.randint(256, (150, 32, 32, 3), dtype=torch.uint8)
-    data = common.Pictures(pixels, torch.arange(150) % 2, common.Spec(["a", "b"], 32))
-    kept = vgg_transfer.Kept(data, Model())
-    args = types.SimpleNamespace(device=torch.device("cpu"), amp=False, out=tmp_path)
-    for steps in (torch.arange(150).split(60), torch.randperm(150).split(11)):
-        for step, (outputs, labels) in zip(steps, common.batches(kept, steps, args), strict=True):
-            expected = data.normaliser()(data[step][0]).mean((2, 3))
-            torch.testing.assert_close(outputs, expected)
-            assert torch.equal(labels, data.labels[step])
+    images = torch.randint(256, (150, 32, 32, 3), dtype=torch.uint8)
+    data = common.ImageDataset(images, torch.arange(150) % 2, common.Spec(["a", "b"], 32))
+    args = types.SimpleNamespace(device=torch.device("cpu"), amp=False, out=tmp_path, quiet=True)
+    cached = vgg_transfer.cache_features(Model(), data, args)
+    for indices in (torch.arange(150).split(60), torch.randperm(150).split(11)):
+        for batch, (features, labels) in zip(
+            indices, common.load_batches(cached, indices, args), strict=True
+        ):
+            torch.testing.assert_close(features, data.normalize(data[batch][0]).mean((2, 3)))
+            assert torch.equal(labels, data.labels[batch])
     assert sum(seen) == 150
     assert not list(tmp_path.iterdir())  # the file has no name: nothing is left, however the process ends
-    kept.known[:] = False
-    list(common.batches(kept, [torch.arange(70)], args))
-    assert sum(seen) == 150 + 128  # a part of them comes in as large parts as all, for the same rounding
 
 
-def test_outputs_that_fit_nowhere_are_one_error(tmp_path, monkeypatch):
+def test_a_downloaded_data_set_takes_another_size_image_by_image(monkeypatch):
     monkeypatch.setattr(common, "IN_MEMORY", 0)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000))
-    data = common.Pictures(
-        torch.zeros(9, 32, 32, 3, dtype=torch.uint8), torch.zeros(9), common.Spec(["a"], 32)
-    )
-    kept = vgg_transfer.Kept(data, types.SimpleNamespace(head=nn.Linear(4096, 2)))
-    with pytest.raises(common.UserError, match="147,456 bytes"):
-        kept.batches([torch.arange(9)], types.SimpleNamespace(out=tmp_path))
-
-
-def test_a_downloaded_data_set_takes_another_size_picture_by_picture(tmp_path):
-    class Tiny:  # as torchvision.datasets.CIFAR10 is
-        def __init__(self, folder, train):
-            self.data = np.random.default_rng(0).integers(256, size=(12, 32, 32, 3), dtype=np.uint8)
-            self.targets, self.classes = [0, 1] * 6, ["a", "b"]
-
-    spec = common.Spec([], 48, crop=1.0)
-    train, _ = common.read_torchvision(Tiny, tmp_path, ("train", "test"), spec)
-    assert train.streamed and train[torch.tensor([1, 2])][0].shape == (2, 3, 48, 48)
-    expected = torch.from_numpy(cv2.resize(Tiny(0, 0).data[5], (48, 48)))
-    assert torch.equal(train[5][0].movedim(0, -1), expected)
+    rng, spec = np.random.default_rng(0), common.Spec(["a", "b"], 48)
+    pairs = [(rng.integers(256, size=(32, 32, 3), dtype=np.uint8), i % 2) for i in range(12)]
+    data = common.load_images(pairs, spec, types.SimpleNamespace(quiet=True))
+    assert not data.in_memory and data[torch.tensor([1, 2])][0].shape == (2, 3, 48, 48)
+    expected = torch.from_numpy(cv2.resize(pairs[5][0], (48, 48)))
+    assert torch.equal(data[5][0].movedim(0, -1), expected)
 
 
 def test_grey_photos_become_what_colour_weights_expect(tmp_path):
@@ -245,11 +227,11 @@ def test_other_weights_are_refused_in_one_line(tmp_path, folder):
     wrong = {
         "linear.pt": "features.0.weight",
         "number.pt": "features.0",
-        "list.pt": "list",
-        "no.pt": "imagenet",
+        "list.pt": "features.0",
+        "no.pt": "No such file",
     }
     for name, part in wrong.items():
         _, err = run(SCRIPT, *args, "--weights", name, cwd=tmp_path, status=2, before=first_blocks)
         one_error_line(err, name, part)
-    _, err = run(SCRIPT, *args, "--size", 31, cwd=tmp_path, status=2)
-    one_error_line(err, "--size", "31")
+    _, err = run(SCRIPT, *args, "--size", 9999, cwd=tmp_path, status=2)
+    one_error_line(err, "--size", "9999")
