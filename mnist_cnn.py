@@ -99,9 +99,9 @@ def build_model(spec, args):
 
 def parser():
     parser = common.RecipeParser(__file__, __doc__, TUNED, epochs=10, batch_size=256, lr=0.0002, size=28)
-    recipe = parser.add_flags("network and data set")
-    recipe("--model", "the network", choices=["cnn", "lenet5"])
-    recipe("--dataset", "what a download folder has", choices=["mnist", "fashion"])
+    add = parser.add_argument_group("network and data set").add_argument
+    add("--model", help="the network", choices=["cnn", "lenet5"])
+    add("--dataset", help="what a download folder has", choices=["mnist", "fashion"])
     parser.set_defaults(model="cnn", dataset="mnist")
     return parser
 

@@ -55,10 +55,10 @@ def demo():
 
 def main():
     parser = common.ArgumentParser(__doc__, add_help=False, allow_abbrev=False)
-    flag = parser.add_flags("this script; all other flags are the recipe's")
-    flag("--recipe", "the script to train, of this folder or your own, my_net.py", metavar="NAME")
-    flag("--demo", "show how a batch is split, and stop", action="store_true")
-    flag("--out", "the run folder", metavar="DIR")
+    add = parser.add_argument_group("this script; all other flags are the recipe's").add_argument
+    add("--recipe", help="the script to train, of this folder or your own, my_net.py", metavar="NAME")
+    add("--demo", help="show how a batch is split, and stop", action="store_true")
+    add("--out", help="the run folder", metavar="DIR")
     parser.add_argument("-h", "--help", action="store_true", help="show this, and the flags of the recipe")
     parser.set_defaults(recipe="lenet_cifar", out="runs/multi_gpu")
     args, flags = parser.parse_known_args()

@@ -60,8 +60,8 @@ def log_images(writer, epoch, model, dataset, device):
 
 def parser():
     parser = common.RecipeParser(__file__, __doc__, TUNED, epochs=10, batch_size=64, lr=0.01, size=32)
-    recipe = parser.add_flags("network")
-    recipe("--activation", "after each pooling", choices=["none", *ACTIVATIONS])
+    add = parser.add_argument_group("network").add_argument
+    add("--activation", help="after each pooling", choices=["none", *ACTIVATIONS])
     here = importlib.util.find_spec("tensorboard") is not None
     parser.set_defaults(activation="none", tensorboard=here, save_every=1)
     return parser

@@ -116,10 +116,10 @@ def build_model(spec, args):
 
 def parser():
     parser = common.RecipeParser(__file__, __doc__, TUNED, epochs=10, batch_size=64, lr=0.001)
-    recipe = parser.add_flags("transfer")
-    recipe("--weights", "imagenet, none, or a file: checkpoint or VGG16's state_dict", metavar="NAME")
-    recipe("--head", "the new layer, instead of the last one or behind it", choices=["replace", "add"])
-    recipe("--freeze", "train the new layer alone", action="store_true")
+    add = parser.add_argument_group("transfer").add_argument
+    add("--weights", help="imagenet, none, or a file: checkpoint or VGG16's state_dict", metavar="NAME")
+    add("--head", help="the new layer, instead of the last one or behind it", choices=["replace", "add"])
+    add("--freeze", help="train the new layer alone", action="store_true")
     parser.set_defaults(weights="imagenet", head="replace")
     return parser
 
