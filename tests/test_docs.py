@@ -1,0 +1,68 @@
+"""Every command of README.md and docs/ runs, on tiny data."""
+
+import re
+import shlex
+import shutil
+
+import cv2
+import numpy as np
+import pytest
+from conftest import ROOT, run
+from test_vgg_transfer import first_blocks
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TINY = ["--epochs", "1", "--limit-batches", "1", "--batch-size", "8", "--quiet"]
+
+
+def commands():
+    """The indented lines that start a script of this repository, without comments, each once."""
+    found = {}
+    for page in PAGES:
+        for line in re.findall(r"^    (?:pip \S.*&& )?(python .*)$", page.read_text(), re.MULTILINE):
+            found[line.split("#")[0].split("&&")[0].strip()] = page.name
+    return found
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, folder):
+    """A folder with what the commands name: photos, a copy of a recipe, and a run of LeNet."""
+    place = tmp_path_factory.mktemp("docs")
+    shutil.copytree(folder, place / "my_photos")
+    shutil.copytree(folder / "test/ball", place / "holiday")
+    cv2.imwrite(str(place / "dog.png"), np.zeros((40, 40, 3), np.uint8))
+    shutil.copy(ROOT / "lenet_cifar.py", place / "my_net.py")
+    shutil.copy(ROOT / "common.py", place)
+    for script in (ROOT / "lenet_cifar.py", place / "my_net.py"):
+        run(script, "--data", "drawn", *TINY, cwd=place)
+    return place
+
+
+@pytest.mark.parametrize("command", [line for line in commands() if "unpack" not in line])
+def test_every_command_of_the_pages_runs(place, command):
+    script, *args = shlex.split(command)[1:]
+    if script == "bench.py":
+        pytest.skip("bench.py is measured by hand")
+    if script == "vgg_transfer.py":
+        args += ["--weights", "none", "--size", "32"]
+    if "--resume" in args:  # a run of two epochs at least
+        run(script, "--data", "drawn", *TINY, cwd=place)
+        args = ["--resume", "--epochs", "2", "--quiet"]
+    elif script not in ("predict.py", "multi_gpu.py") or ("--recipe" in args and script == "multi_gpu.py"):
+        args += ["--data", "drawn"] * ("--data" not in args) + TINY
+    args = ["auto" if arg == "cuda" else arg for arg in args]
+    script = place / script if script == "my_net.py" else script
+    run(script, *args, cwd=place, before=first_blocks, figures="--figure" in args)
+
+
+def test_the_notebook_of_the_pages_runs(place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    (cell,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/change.md").read_text(), re.DOTALL)
+    exec(compile(cell, "cell", "exec"), {})
+    accuracy, name = capsys.readouterr().out.splitlines()[-1].split()
+    assert 0 <= float(accuracy) <= 1 and name in "0123456789"
+
+
+def test_the_pages_name_only_files_that_are_there():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^):]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), (page, target)
