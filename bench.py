@@ -54,9 +54,9 @@ def main():
     parser = common.ArgumentParser(__doc__)
     parser.add_argument("recipe", choices=common.RECIPES)
     add = parser.add_argument
-    add("--rounds", help="rounds, of which the first warms up", default=5, **common.number(int, 2))
-    add("--batches", help="batches a round", default=150, **common.number(int, 1))
-    add("--threads", help="threads of PyTorch", default=torch.get_num_threads(), **common.number(int, 1))
+    add("--rounds", help="rounds, of which the first warms up", default=5, type=int, metavar="N")
+    add("--batches", help="batches a round", default=150, type=int, metavar="N")
+    add("--threads", help="threads of PyTorch", default=torch.get_num_threads(), type=int, metavar="N")
     parser.add_argument("flags", nargs="*", help="flags of the recipe, after --")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

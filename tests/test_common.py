@@ -164,7 +164,7 @@ def test_files_are_resized_to_size_whatever_they_are(tmp_path):
         ("x.png,a\nx.png,b\n", "header"),
         ("", "file,label"),
         ("file,label\nx.png,a\n", "1 classes"),
-        ("file,label\nx\u2028y.png,a\n", "x\u2028y.png,a"),
+        ("file,label\nx\u2028y.png,a\n", r"x.u2028y.png,a"),
     ],
 )
 def test_a_bad_csv_is_refused_with_the_row_at_fault(tmp_path, text, part):
