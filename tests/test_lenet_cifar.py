@@ -258,7 +258,9 @@ def test_a_closed_pipe_ends_quietly(tmp_path):
         (["--data", "drawn", "--out", "/dev/null/run"], ["/dev/null/run", "--out"]),
         (["--data", "."], ["CIFAR10", "--data drawn"]),
         (["--data", "mistyped"], ["no folder mistyped", "--download"]),
-        (["--size", "9999"], ["--size", "512"]),
+        (["--size", "15"], ["--size", "16"]),
+        (["--lr", "nan"], ["--lr", "nan"]),
+        (["--seed", "-1"], ["--seed"]),
         (["--data", "drawn", "--compile", "--device", "cpu"], ["--compile", "GPU"]),
     ],
 )
