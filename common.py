@@ -81,12 +81,12 @@ def cli(main: Callable[[], object]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except KeyboardInterrupt as stop:
-        text, status = f"stopped {stop}", 130
-    except (UserError, OSError, RuntimeError) as error:
+        text, status = f"stopped{stop}", 130
+    except (UserError, OSError, MemoryError, RuntimeError) as error:
         # A DataLoader puts its worker's traceback in front of the message.
         text, status = f"error: {str(error).rpartition('UserError: ')[2]}", 2
-        if "out of memory" in text or "can't allocate memory" in text:
-            text += ": try a smaller --batch-size"
+        if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
+            text += ": try a smaller --batch-size or --size"
         elif dist.is_initialized() and "onnection" in text:  # closed or reset, say Gloo and NCCL
             text = "error: another process has stopped"
         elif isinstance(error, RuntimeError):  # a bug, which deserves its traceback
@@ -148,8 +148,9 @@ class RecipeParser(ArgumentParser):
         args = super().parse_args(argv)
         for name, least in self.least.items():
             value = getattr(args, name)
-            if value is not None and not least <= value < 2**31:
-                raise UserError(f"--{name.replace('_', '-')} {value} is not a number from {least} on")
+            most = 2**31 - 1 if isinstance(value, int) else torch.finfo(torch.float32).max
+            if value is not None and not least <= value <= most:
+                raise UserError(f"--{name.replace('_', '-')} {value} is not from {least} to {most}")
         args.device, args.evaluated_on = pick_device(args.device), "validation" if args.holdout else "test"
         if args.compile and args.device.type == "cpu":
             raise UserError("--compile is for GPUs: on a CPU these networks are slower with it")
@@ -446,17 +447,19 @@ def list_folder(folder):
 
 def list_csv(table):
     """The (file, label) pairs of a CSV file: a header, then a file and its label in each row."""
+    if not table.is_file():
+        raise UserError(f"no file {table}: add it, or use --holdout N")
     try:
         with open(table, encoding="utf-8-sig", newline="") as file:
-            header, *pairs = [(table.parent / row[0], row[1].strip()) for row in csv.reader(file) if row]
-    except (OSError, ValueError, IndexError, csv.Error) as error:
-        raise UserError(
-            f"{table}: {error}: it takes a header, file,label (no test.csv: --holdout N)"
-        ) from None
-    wrong = [f"{file},{label}" for file, label in pairs if not (label and file.is_file())]
-    if wrong or header[0].is_file():
-        raise UserError(f"{table} has no header, no label, or no such file: {wrong[:3]}")
-    return pairs
+            rows = [row for row in csv.reader(file) if row]
+    except (ValueError, csv.Error) as error:
+        raise UserError(f"{table} is no CSV file in UTF-8: {error}") from None
+    if len(rows) < 2 or (table.parent / rows[0][0]).is_file():
+        raise UserError(f"{table} needs a header, file,label, and a row for each image")
+    for row in rows[1:]:
+        if len(row) < 2 or not row[1].strip() or not (table.parent / row[0]).is_file():
+            raise UserError(f"{table}: no label, or no such file, in the row {','.join(row)}")
+    return [(table.parent / row[0], row[1].strip()) for row in rows[1:]]
 
 
 def draw_digits(part, spec):
@@ -488,7 +491,9 @@ def read_torchvision(name, part, folder, args, spec):
 
     if folder.name.replace("-", "").lower().startswith(name.lower()):
         folder = folder.parent  # the data set's own folder was named
-    dataset = getattr(torchvision.datasets, name)
+    dataset = getattr(torchvision.datasets, name, None)
+    if dataset is None:
+        raise UserError(f"torchvision has no data set {name}")
     parameters = inspect.signature(dataset).parameters
     options = {"train": part == "train"} if {"train", "kwargs"} & {*parameters} else {}
     if "split" in parameters:  # EMNIST has both: "balanced" are its 47 letters and digits
@@ -856,7 +861,9 @@ def start_or_resume(model, optimizer, scheduler, train_set, args):
         for name, now in run["setup"].items():  # which a resumed run cannot change
             before = saved["setup"].get(name)
             if before != now:
-                raise UserError(f"--resume cannot change {name} from {before} to {now}: name another --out")
+                raise UserError(
+                    f"--resume cannot change {name} from {before} to {now}: keep it, or name another --out"
+                )
         run |= {"history": saved["history"], "losses": saved["losses"]}
         load_parameters(model, saved)
         optimizer.load_state_dict(saved["optimizer"])
@@ -907,8 +914,8 @@ def load_checkpoint(path: str | Path, any_format: bool = False) -> dict:
     executed. Raises UserError where it is damaged, has code in it, or another format."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise UserError(f"cannot open {path}: {error.strerror or error}") from None
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        raise UserError(f"cannot open {path}: {error.strerror}") from None
     except Exception:  # damaged bytes can raise anything in there
         ways = "it is damaged, or no checkpoint, or a pickled model (save its state_dict() instead)"
         raise UserError(f"{path} is refused: {ways}") from None
@@ -983,7 +990,7 @@ def report(history, predictions, test_set, args):
     recipe, here = args.recipe.resolve(), Path(__file__).resolve().parent
     print(f"best epoch: {best['epoch']}, {args.evaluated_on} accuracy {best['test_accuracy']:.4f}")
     option = [] if recipe.stem in RECIPES and recipe.parent == here else ["--recipe", os.path.relpath(recipe)]
-    command = ["python", os.path.relpath(here / "predict.py"), *option, f"{args.out}/best.pt"]
+    command = ["python", os.path.relpath(here / "predict.py"), *option, str(Path(args.out, "best.pt"))]
     print(f"classify: {shlex.join(command)} IMAGE...")
 
 
@@ -1009,6 +1016,7 @@ def save_figure(figure, name, args):
     figure.savefig(Path(args.out, f"{name}.png"))
     if args.writer:
         args.writer.add_figure(name, figure)
+        args.writer.flush()
 
 
 def draw_samples(train_set, augment, args):

@@ -44,6 +44,12 @@ def digits():
     return common.load_data(flags(), "CIFAR10")
 
 
+@pytest.fixture(autouse=True)
+def no_figures(monkeypatch):
+    """Figures take most of the time of a tiny run."""
+    monkeypatch.setattr(common, "HAS_MATPLOTLIB", False)
+
+
 # ------------------------------------------------------------------------------------------- images
 
 
@@ -158,13 +164,13 @@ def test_files_are_resized_to_size_whatever_they_are(tmp_path):
 @pytest.mark.parametrize(
     ("text", "part"),
     [
-        ("file,label\nmissing.png,a\n", "missing.png"),
-        ("file\nx.png\n", "file,label"),
-        ("file,label\nx.png\n", "file,label"),
-        ("x.png,a\nx.png,b\n", "header"),
-        ("", "file,label"),
+        ("file,label\nmissing.png,a\n", "missing.png,a"),
+        ("file\nx.png\n", "in the row x.png"),
+        ("x.png,a\nx.png,b\n", "needs a header"),
+        ("", "needs a header"),
+        ("file,label\n", "a row for each image"),
         ("file,label\nx.png,a\n", "1 classes"),
-        ("file,label\nx\u2028y.png,a\n", r"x.u2028y.png,a"),
+        ("file,label\nx\u2028y.png,a\n", "x\u2028y.png,a"),
     ],
 )
 def test_a_bad_csv_is_refused_with_the_row_at_fault(tmp_path, text, part):
@@ -309,7 +315,8 @@ def test_a_transform_of_torchvision_draws_for_each_image_and_resumes_exactly(tmp
     train(tmp_path, many, "floats", 1, augment=floats)
 
 
-def test_after_epoch_gets_the_row_and_may_end_the_run(tmp_path, digits, capsys):
+def test_after_epoch_gets_the_row_and_may_end_the_run(tmp_path, digits, capsys, monkeypatch):
+    monkeypatch.setattr(common, "HAS_MATPLOTLIB", True)
     rows = []
     stop = lambda row: rows.append(row) or row["epoch"] == 2  # noqa: E731
     history, _, _ = train(tmp_path, subset(digits[1], 60), "a", 9, after_epoch=stop)
@@ -428,6 +435,8 @@ def test_no_mirror_and_a_folder_that_is_not_there_are_errors(tmp_path, monkeypat
         common.load_data(flags(data=tmp_path / "mistyped"), "CIFAR10")
     (tmp_path / "loose").mkdir()
     cv2.imwrite(str(tmp_path / "loose/x.png"), np.zeros((9, 9), np.uint8))
+    with pytest.raises(common.UserError, match="torchvision has no data set Nonsense"):
+        common.load_data(flags(data=tmp_path), "Nonsense")
     with pytest.raises(common.UserError, match="loose has images, but no train/<class>/"):
         common.load_data(flags(data=tmp_path / "loose"), "CIFAR10")
 
