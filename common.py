@@ -223,6 +223,8 @@ def init_distributed():
 
     threading.Thread(target=watch_parent, daemon=True).start()
     store, rank, world_size = next(dist.rendezvous("env://"))
+    if torch.cuda.is_available():  # for NCCL's barriers
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     # torchrun may keep its store over a restart: without a prefix, Gloo looks in it for processes that died.
     store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     dist.init_process_group(store=store, rank=rank, world_size=world_size)  # NCCL for GPUs, Gloo for CPUs
@@ -710,13 +712,11 @@ def fit(model, train_set, test_set, loss_fn, optimizer, args, scheduler=None, au
                 break
     except (KeyboardInterrupt, UserError) as stop:
         draw_results(run, predictions, test_set, args)
-        saved = (
-            f"epoch {len(run['history'])} is saved in {args.out}"
-            if run["history"]
-            else "no epoch is complete"
-        )
-        if run["history"] and isinstance(stop, KeyboardInterrupt):
-            saved += f", continue with python {os.path.relpath(args.recipe)} --resume --out {args.out}"
+        saved = f"epoch {len(run['history'])} is saved in {args.out}"
+        if isinstance(stop, KeyboardInterrupt):
+            command = ["python", os.path.relpath(args.recipe), "--resume", "--out", args.out]
+            saved += f", continue with {shlex.join(command)}"
+        saved = saved if run["history"] else "no epoch is complete"
         raise type(stop)(f"{stop}; {saved}") from None
     if predictions is None:  # the run was complete before it was resumed
         _, predictions = evaluate(model, test_set, args)

@@ -6,7 +6,7 @@ python lenet_cifar.py --tuned                                # the same network,
 python lenet_cifar.py --data drawn --tuned --epochs 3        # no download, under a minute
 python lenet_cifar.py --batch-size 4 --lr 0.001 --epochs 2   # small batches, many steps
 python lenet_cifar.py --data my_pictures/                    # train/<class>/*.jpg and test/<class>/*.jpg
-python lenet_cifar.py --resume --epochs 20                   # go on
+python lenet_cifar.py --resume --epochs 20                   # continue
 
 To train a network of your own: cp lenet_cifar.py my_net.py, and change the class.
 """
