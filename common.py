@@ -657,9 +657,10 @@ class Metrics:
 
     def update(self, loss, logits, labels):
         """Count a batch: its mean loss, its logits (B, classes) and labels (B,)."""
-        count, correct = torch.full_like(loss, len(labels)), (logits.argmax(1) == labels).sum()
+        loss, correct = loss.detach().float(), (logits.argmax(1) == labels).sum()
+        count = torch.full_like(loss, len(labels))
         # One of several processes may have no image of a small last batch: the mean of none is not a number.
-        loss = loss.detach() * count if len(labels) else torch.zeros_like(loss)
+        loss = loss * count if len(labels) else torch.zeros_like(loss)
         self.sums.append(torch.stack([loss, correct, count]))
 
     def compute(self, reduce=lambda sums: sums):
@@ -833,8 +834,8 @@ def open_run(model, train_set, test_set, augment, args):
         except ImportError:
             raise UserError("--tensorboard needs a package: pip install tensorboard") from None
         args.writer = SummaryWriter(out, purge_step=resumed["losses"][-1][0] + 1 if resumed else None)
-    describe_run(model, train_set, test_set, args)
     draw_samples(train_set, augment, args)
+    describe_run(model, train_set, test_set, args)
 
 
 def plain(value):

@@ -16,7 +16,6 @@ import csv
 import importlib.util
 import json
 import sys
-import warnings
 from dataclasses import asdict
 from pathlib import Path
 
@@ -127,7 +126,8 @@ def main():
         print(f"{args.export}: uint8 ({spec.channels}, {spec.size}, {spec.size}) images to probabilities")
         model.to(device)
 
-    table, drawn, unreadable, known, wrong = [["file", "rank", "class", "probability"]], [], 0, 0, []
+    table, drawn, marked = [["file", "rank", "class", "probability"]], [], []
+    unreadable = known = right = 0
     for file, image, probabilities in classify(model, spec, find_files(args.images), device):
         if image is None:
             why = "no image, or a damaged one" if file.is_file() else "no such file"
@@ -141,21 +141,19 @@ def main():
         table += [[str(file), rank, name, f"{value:.6f}"] for rank, (name, value) in enumerate(best, 1)]
         if file.parent.name in spec.classes:  # a folder that is named as a class says what is right
             known += 1
-            if best[0][0] != file.parent.name:
-                wrong.append(len(drawn))
-        drawn.append((image, f"{file.name}\n{best[0][0]} {best[0][1]:.2f}"))
+            right += best[0][0] == file.parent.name
+            marked += [len(drawn)] * (best[0][0] != file.parent.name)
+        if len(drawn) < 64:  # more would not be legible
+            drawn.append((image, f"{file.name}\n{best[0][0]} {best[0][1]:.2f}"))
     if known:
-        right = known - len(wrong)
         print(f"{right} of {known} right, {right / known:.4f}, by the names of their folders")
     if args.csv:
         with open(args.csv, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
             csv.writer(file).writerows(table)
     if args.figure and drawn:
-        images, titles = zip(*drawn[:64], strict=True)  # more would not be legible
+        images, titles = zip(*drawn, strict=True)
         heading = "What the network sees, its class and the probability; in red what is wrong"
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            common.draw_grid(torch.stack(images), titles, heading, wrong).savefig(args.figure)
+        common.draw_grid(torch.stack(images), titles, heading, marked).savefig(args.figure)
     sys.exit(2 if unreadable else 0)
 
 
