@@ -549,7 +549,7 @@ def load_images(pairs, spec, args):
     shape = (len(pairs), spec.size, spec.size, spec.channels)
     if math.prod(shape) > IN_MEMORY:
         return ImageDataset(sources, labels, spec)
-    images, bad = torch.zeros(shape, dtype=torch.uint8), []
+    images, bad = torch.from_numpy(np.zeros(shape, np.uint8)), []  # NumPy asks for huge pages
     for i, image in enumerate(progress_bar(read_images(sources, spec), "reading", len(pairs), args)):
         if image is None:
             bad.append(i)
@@ -652,8 +652,9 @@ def progress_bar(items, title, total, args, metrics=None):
 class Metrics:
     """Loss and accuracy over the images so far. Sums stay on the device: to read them is to wait for it."""
 
-    def __init__(self):
-        self.sums, self.start = [], time.perf_counter()  # of loss, right predictions, images: for each batch
+    def __init__(self, batches: int, device: torch.device):
+        self.sums = torch.zeros(batches, 3, device=device)  # of loss, right predictions, images
+        self.seen, self.start = 0, time.perf_counter()
 
     def update(self, loss, logits, labels):
         """Count a batch: its mean loss, its logits (B, classes) and labels (B,)."""
@@ -661,11 +662,12 @@ class Metrics:
         count = torch.full_like(loss, len(labels))
         # One of several processes may have no image of a small last batch: the mean of none is not a number.
         loss = loss * count if len(labels) else torch.zeros_like(loss)
-        self.sums.append(torch.stack([loss, correct, count]))
+        self.sums[self.seen] = torch.stack([loss, correct, count])
+        self.seen += 1
 
     def compute(self, reduce=lambda sums: sums):
         """Loss, accuracy, images, sums (batches, 3). Raises UserError where the loss is not finite."""
-        sums = reduce(torch.stack(self.sums)).cpu().double()
+        sums = reduce(self.sums).cpu().double()
         loss, correct, images = sums.sum(0).tolist()
         if not math.isfinite(loss):
             raise UserError("the loss is not finite: try a smaller --lr")
@@ -731,7 +733,7 @@ def train_one_epoch(model, dataset, loss_fn, optimizer, args, epoch, scheduler=N
     arguments see `fit`."""
     indices = split_batches(shuffle(dataset, model, args, epoch), args.batch_size)
     batches = load_batches(dataset, indices, args, augment)
-    metrics, lr = Metrics(), float(optimizer.param_groups[0]["lr"])
+    metrics, lr = Metrics(len(indices), args.device), float(optimizer.param_groups[0]["lr"])
     model.train()  # dropout and batch normalization work differently in training
     for images, labels in progress_bar(batches, f"epoch {epoch}/{args.epochs}", len(indices), args, metrics):
         with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp):
@@ -752,7 +754,7 @@ def evaluate(model, dataset, args):
     int64 (N,), their probabilities, float32 (N,), and the indices of the mistakes, the surest ones first."""
     indices = split_batches(torch.arange(len(dataset)), max(args.batch_size, 2**18 // dataset.spec.size**2))
     predicted, probability = torch.zeros(2, len(dataset), device=args.device)
-    metrics, batches = Metrics(), load_batches(dataset, indices, args)
+    metrics, batches = Metrics(len(indices), args.device), load_batches(dataset, indices, args)
     bar = progress_bar(batches, "evaluation", len(indices), args)
     model.eval()
     for part, (images, labels) in zip(indices, bar, strict=True):
