@@ -29,6 +29,7 @@ from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("OPENCV_LOG_LEVEL", "OFF")  # a damaged file is reported once, by this module
+os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(2**28))  # what claims to have more is not decoded
 
 import numpy as np
 import torch
