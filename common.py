@@ -50,7 +50,8 @@ warnings.filterwarnings("ignore", "Detected pickle protocol|Glyph")  # an error,
 
 RECIPES = ("lenet_cifar", "quick_cifar", "mnist_cnn", "vgg_transfer")
 FORMAT = "pytorch-image-recipes/2"  # of checkpoints; the number goes up when their layout changes
-MAY_CHANGE = "data epochs device compile save_every tensorboard quiet download skip_bad"  # in a resumed run
+MAY_CHANGE = ("data", "epochs", "device", "compile", "save_every", "tensorboard", "quiet")  # on --resume
+MAY_CHANGE += ("download", "skip_bad")
 COLUMNS = ["epoch", "lr", "train_loss", "train_accuracy", "test_loss", "test_accuracy"]  # of history.csv
 COLUMNS += ["train_seconds", "test_seconds", "images_per_second"]
 SUFFIXES = (".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm")
@@ -77,7 +78,10 @@ def cli(main: Callable[[], object]) -> None:
     try:
         store = init_distributed()
         main()
-        return sys.stdout.flush()
+        sys.stdout.flush()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        return
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
@@ -440,12 +444,10 @@ def find_images(folder: Path) -> list[Path]:
 
 def list_folder(folder):
     """The (file, label) pairs of FOLDER/<class>/**."""
-    pairs = [
-        (file, file.relative_to(folder).parts[0]) for file in find_images(folder) if file.parent != folder
-    ]
-    if not pairs:
+    files = [file for file in find_images(folder) if file.parent != folder]
+    if not files:
         raise UserError(f"no images in {folder}/<class>/: put some there (no test images: --holdout N)")
-    return pairs
+    return [(file, file.relative_to(folder).parts[0]) for file in files]
 
 
 def list_csv(table):
@@ -853,7 +855,7 @@ def plain(value):
 def start_or_resume(model, optimizer, scheduler, train_set, args):
     """What a checkpoint holds, {name: value}: of a new run, or of the one that `args.checkpoint` is from."""
     spec, saved = asdict(train_set.spec), args.checkpoint
-    setup = {name: value for name, value in args.settings.items() if name not in MAY_CHANGE.split()}
+    setup = {name: value for name, value in args.settings.items() if name not in MAY_CHANGE}
     setup |= {"recipe": args.recipe.stem, **spec, "training images": len(train_set)}
     setup |= {"optimizer": type(optimizer).__name__, "scheduler": type(scheduler).__name__}
     setup["parameter groups"] = [len(group["params"]) for group in optimizer.param_groups]
@@ -865,9 +867,8 @@ def start_or_resume(model, optimizer, scheduler, train_set, args):
         for name, now in run["setup"].items():  # which a resumed run cannot change
             before = saved["setup"].get(name)
             if before != now:
-                raise UserError(
-                    f"--resume cannot change {name} from {before} to {now}: keep it, or name another --out"
-                )
+                change = f"{name} from {before} to {now}"
+                raise UserError(f"--resume cannot change {change}: keep it, or name another --out")
         run |= {"history": saved["history"], "losses": saved["losses"]}
         load_parameters(model, saved)
         optimizer.load_state_dict(saved["optimizer"])

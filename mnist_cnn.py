@@ -119,9 +119,8 @@ def main(argv=None):
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
     scheduler = augment = None
     if args.tuned:
-        scheduler = common.one_cycle(
-            optimizer, train_set, args
-        )  # stepped after every batch; others: every epoch
+        # Stepped after every batch; a scheduler of torch.optim is stepped as its documentation says.
+        scheduler = common.one_cycle(optimizer, train_set, args)
         augment = partial(random_affine, flip=args.dataset == "fashion")  # a mirrored digit is none
 
     return common.fit(model, train_set, test_set, loss_fn, optimizer, args, scheduler, augment)

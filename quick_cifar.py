@@ -81,9 +81,8 @@ def main(argv=None):
     scheduler = augment = None
     if args.tuned:
         optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, nesterov=True)
-        scheduler = common.one_cycle(
-            optimizer, train_set, args
-        )  # stepped after every batch; others: every epoch
+        # Stepped after every batch; a scheduler of torch.optim is stepped as its documentation says.
+        scheduler = common.one_cycle(optimizer, train_set, args)
         flip = args.data != "drawn"  # a mirrored dog is a dog, a mirrored digit is none
         augment = partial(common.random_flip_and_crop, padding=2, flip=flip)
 

@@ -41,9 +41,7 @@ class VGG(nn.Module):
         return self.classifier(x.flatten(1))  # -> (N, 4096), or (N, 1000)
 
     def forward(self, x):
-        return self.head(
-            x if x.ndim == 2 else self.backbone(x)
-        )  # 2: features, which `cache_features` computed
+        return self.head(x if x.ndim == 2 else self.backbone(x))  # 2: from `cache_features`
 
 
 class CachedFeatures(common.ImageDataset):
@@ -134,17 +132,18 @@ def main(argv=None):
 
     torch.manual_seed(args.seed)
     model = build_model(train_set.spec, args)
-    if state is not None:
+    if args.checkpoint:  # before the features are computed: they are of the backbone that was trained with
+        common.load_parameters(model, args.checkpoint)
+    elif state is not None:
         load_backbone(model, state, args.weights)
-        del state
+    del state
     loss_fn = nn.CrossEntropyLoss()
     # What is frozen gets no gradient, and the optimizer leaves it as it is.
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, nesterov=args.tuned)
     scheduler = augment = None
     if args.tuned:
-        scheduler = common.one_cycle(
-            optimizer, train_set, args
-        )  # stepped after every batch; others: every epoch
+        # Stepped after every batch; a scheduler of torch.optim is stepped as its documentation says.
+        scheduler = common.one_cycle(optimizer, train_set, args)
     if args.freeze:
         train_set, test_set = (cache_features(model, dataset, args) for dataset in (train_set, test_set))
     elif args.tuned:

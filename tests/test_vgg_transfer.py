@@ -161,6 +161,13 @@ def test_what_was_learnt_on_one_task_helps_with_another(tmp_path, two_tasks):
     (tmp_path / "run").rename(tmp_path / "many")
     from_many = train("few", "many/best.pt", *head_alone)
     assert from_many > from_random + 0.3
+    trained = common.load_checkpoint(tmp_path / "run/last.pt")
+    args = ("--resume", "--epochs", 12, "--out", "run")  # on the features of the same backbone
+    run(SCRIPT, *args, cwd=tmp_path, before=first_blocks)
+    resumed = common.load_checkpoint(tmp_path / "run/last.pt")
+    assert resumed["history"][10]["train_loss"] == pytest.approx(trained["history"][9]["train_loss"], rel=0.1)
+    backbone = [name for name in trained["model"] if not name.startswith("head.")]
+    assert all(torch.equal(resumed["model"][name], trained["model"][name]) for name in backbone)
     plain = common.load_checkpoint(tmp_path / "many/best.pt")["model"]
     torch.save({f"module.{name}": value for name, value in plain.items()}, tmp_path / "plain.pt")
     assert train("few", "plain.pt", *head_alone) > from_random + 0.1  # with ImageNet's normalisation
