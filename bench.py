@@ -65,7 +65,6 @@ def main():
         flags = ["--limit-batches", str(args.batches), *args.flags]
         import_recipe(args.recipe).main(flags)
     model, data, _, loss_fn, optimizer, recipe, _, augment, *_ = (*fit.call_args.args, None, None)[:8]
-    common.keep_freed_memory()  # as `fit` does
     model.to(recipe.device, memory_format=torch.channels_last)
     batch = next(common.load_batches(data, [torch.arange(recipe.batch_size)], recipe, augment))
     loader = DataLoader(OneByOne(data), recipe.batch_size, shuffle=True)

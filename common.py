@@ -1,5 +1,4 @@
-"""What all recipes share, in the order in which data passes through a run: command line, processes, images,
-data sets, batches, training, checkpoints, figures. To see how training works, start with `fit`.
+"""What all recipes share, in the order in which data passes through a run; for training, start with `fit`.
 
 python common.py unpack data images/      # CIFAR-10 as images/train/<class>/*.png and images/test/
 """
@@ -17,15 +16,14 @@ import random
 import re
 import shlex
 import shutil
+import signal
 import socket
 import sys
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("OPENCV_LOG_LEVEL", "OFF")  # a damaged file is reported once, by this module
@@ -37,21 +35,24 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 from torch.optim import lr_scheduler
-from torch.utils.data import DataLoader, Dataset
+from torch.utils._pytree import tree_map
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 try:
     import cv2
 except ImportError as error:
     sys.exit(f"error: no OpenCV ({error}): apt-get install libgl1, or pip install opencv-python-headless")
-cv2.setNumThreads(0)  # images are decoded in threads and worker processes, where its own would hang
-
+cv2.setNumThreads(0)  # of its own: images are decoded in our threads
 warnings.filterwarnings("ignore", "Detected pickle protocol|Glyph")  # an error, or a box, says enough
+with contextlib.suppress(AttributeError, OSError, TypeError):  # glibc: to keep freed memory for the next
+    ctypes.CDLL(None).mallopt(-3, 2**25)  # step saves a seventh of it; M_MMAP_THRESHOLD, bytes,
+    ctypes.CDLL(None).mallopt(-1, 2**30)  # and M_TRIM_THRESHOLD
 
 RECIPES = ("lenet_cifar", "quick_cifar", "mnist_cnn", "vgg_transfer")
-FORMAT = "pytorch-image-recipes/2"  # of checkpoints; the number goes up when their layout changes
-MAY_CHANGE = ("data", "epochs", "device", "compile", "save_every", "tensorboard", "quiet")  # on --resume
-MAY_CHANGE += ("download", "skip_bad")
+FORMAT = "pytorch-image-recipes/3"  # of checkpoints; the number goes up when their layout changes
+MAY_CHANGE = ["data", "epochs", "device", "compile", "save_every", "tensorboard", "quiet", "download"]  # on
+MAY_CHANGE += ["skip_bad"]  # --resume
 COLUMNS = ["epoch", "lr", "train_loss", "train_accuracy", "test_loss", "test_accuracy"]  # of history.csv
 COLUMNS += ["train_seconds", "test_seconds", "images_per_second"]
 SUFFIXES = (".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm")
@@ -74,28 +75,25 @@ class UserError(Exception):
 
 def cli(main: Callable[[], object]) -> None:
     """Run a script's `main()`. Exits with status 2 after a UserError, with 130 after Ctrl-C."""
-    store = None
+    store, status = None, 2
     try:
         store = init_distributed()
         main()
         sys.stdout.flush()
-        if dist.is_initialized():
-            dist.destroy_process_group()
         return
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except KeyboardInterrupt as stop:
         text, status = f"stopped{stop}", 130
+    except ModuleNotFoundError as error:
+        text = f"error: {error}: pip install {error.name}"
     except (UserError, OSError, MemoryError, RuntimeError) as error:
-        # A DataLoader puts its worker's traceback in front of the message.
-        text, status = f"error: {str(error).rpartition('UserError: ')[2]}", 2
+        text = f"error: {error}"
         if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
             text += ": try a smaller --batch-size or --size"
-        elif dist.is_initialized() and "onnection" in text:  # closed or reset, say Gloo and NCCL
-            text = "error: another process has stopped"
-        elif isinstance(error, RuntimeError):  # a bug, which deserves its traceback
-            raise
+        elif isinstance(error, RuntimeError) and not (store and "onnection" in text):  # closed, says Gloo
+            raise  # a bug, which deserves its traceback
     with contextlib.suppress(RuntimeError):  # the process with the store may be gone
         if store and store.add("messages", 1) > 1:  # another process has said what went wrong
             sys.exit(status)
@@ -109,15 +107,14 @@ def printable(text: str) -> str:
     return line.encode(sys.stdout.encoding or "utf-8", "backslashreplace").decode(errors="replace")
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """argparse's own two: defaults in the help, and the description as it is."""
-
-
 class ArgumentParser(argparse.ArgumentParser):
     """argparse's, with errors that `cli` prints in one line."""
 
+    class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+        """Defaults in the help, and the description as it is."""
+
     def __init__(self, description, **options):
-        super().__init__(description=description, formatter_class=HelpFormatter, **options)
+        super().__init__(description=description, formatter_class=self.HelpFormatter, **options)
 
     def error(self, message):
         raise UserError(f"{message}: --help lists the flags")
@@ -125,11 +122,8 @@ class ArgumentParser(argparse.ArgumentParser):
 
 class RecipeParser(ArgumentParser):
     """The flags of all training scripts; with `--resume`, their defaults are the settings of the saved run.
-
-    file: the script's `__file__`; its name without .py names the run folder and, in checkpoints, the recipe.
-    tuned: what `--tuned` sets, {flag: value}; defaults: the source's own numbers, and those of added flags.
-    smallest: the least `--size` that the network can take.
-    """
+    tuned: what `--tuned` sets, {flag: value}; smallest: the least `--size` that the network can take;
+    defaults: the source's own numbers, and those of added flags."""
 
     def __init__(self, file: str, description: str, tuned: dict, smallest: int = 1, **defaults):
         self.file, self.tuned, self.least = Path(file), tuned, {**LEAST, "size": smallest}
@@ -139,8 +133,7 @@ class RecipeParser(ArgumentParser):
         self.set_defaults(out=f"runs/{self.file.stem}", **defaults)
 
     def parse_args(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
-        """The flags, from a list of strings or the command line; `device` is a torch.device. Besides them
-        `recipe`, the script's path; `settings`, what a checkpoint keeps; `checkpoint`, to resume, or None."""
+        """The flags, and `recipe`, the script's path; `settings` for a checkpoint; `checkpoint` to resume."""
         args, checkpoint = super().parse_args(argv), None
         if args.tuned:
             self.set_defaults(**self.tuned)  # as defaults, so that a flag on the command line still wins
@@ -153,35 +146,35 @@ class RecipeParser(ArgumentParser):
         args = super().parse_args(argv)
         for name, least in self.least.items():
             value = getattr(args, name)
-            most = 2**31 - 1 if isinstance(value, int) else torch.finfo(torch.float32).max
-            if value is not None and not least <= value <= most:
-                raise UserError(f"--{name.replace('_', '-')} {value} is not from {least} to {most}")
+            if value is not None and not least <= value <= (1e38 if name == "lr" else 2**31 - 1):
+                raise UserError(f"--{name.replace('_', '-')} {value} is out of range: the least is {least}")
         args.device, args.evaluated_on = pick_device(args.device), "validation" if args.holdout else "test"
-        if args.compile and args.device.type == "cpu":
+        cpu, cuda = args.device.type == "cpu", args.device.type == "cuda"
+        if args.compile and cpu:
             raise UserError("--compile is for GPUs: on a CPU these networks are slower with it")
         if args.amp is None:  # by itself where bfloat16 is fast: on CPUs with AMX, on GPUs from Ampere on
-            amx = args.device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16")
-            ampere = args.device.type == "cuda" and torch.cuda.get_device_capability(args.device) >= (8, 0)
-            args.amp = bool(args.tuned and (amx or ampere))
+            fast = cpu and torch.cpu.get_capabilities().get("amx_bf16")
+            fast = fast or (cuda and torch.cuda.get_device_capability(args.device) >= (8, 0))
+            args.amp = bool(args.tuned and fast)
         settings = {name: value for name, value in vars(args).items() if name not in ("out", "resume")}
-        settings = json.loads(json.dumps(settings, default=str))  # plain Python values
-        return argparse.Namespace(**vars(args), recipe=self.file, settings=settings, checkpoint=checkpoint)
+        args.settings = json.loads(json.dumps(settings, default=str))  # plain Python values
+        args.recipe, args.checkpoint = self.file, checkpoint
+        return args
 
 
 def add_training_flags(parser):
     """Add the flags of all training scripts."""
     n, switch = {"type": int, "metavar": "N"}, {"action": "store_true"}
     on_off = {"action": argparse.BooleanOptionalAction}
-    where = "drawn, or a folder: with train/ and test/, train.csv and test.csv, or a data set of torchvision"
-    better = ", ".join(f"{name} {value}" for name, value in parser.tuned.items()).replace("_", " ")
+    tuned = ", ".join(f"{name} {value}" for name, value in parser.tuned.items()).replace("_", " ")
     add = parser.add_argument_group("data and run").add_argument
-    add("--data", default="data", metavar="PATH", help=where)
+    add("--data", default="data", metavar="PATH", help="a folder, or drawn: synthetic images of the digits")
     add("--epochs", help="passes over the training images", **n)
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
     add("--out", metavar="DIR", help="the run folder")
     add("--resume", help="continue the run in --out, with its settings", **switch)
     add = parser.add_argument_group("training").add_argument
-    add("--tuned", help=f"better than the source: {better}, and more in the script", **switch)
+    add("--tuned", help=f"better than the source: {tuned}, and more in the script", **switch)
     add("--batch-size", help="images a step, of all processes together", **n)
     add("--lr", help="learning rate", type=float, metavar="X")
     add("--size", help="height and width of the input", **n)
@@ -199,34 +192,25 @@ def add_training_flags(parser):
 
 
 def pick_device(name: str) -> torch.device:
-    """The torch.device that `--device` names; auto is a GPU where there is one. Under torchrun each process
-    of a machine gets a GPU of its own. Raises UserError where there is no such device."""
+    """The torch.device that `--device` names, or a UserError; each process of a machine has its own GPU."""
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     devices = gpus + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     if name == "cuda" or (name == "auto" and gpus):
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     elif name == "auto":
         name = devices[0] if LOCAL_WORLD_SIZE == 1 else "cpu"
-    if name not in devices or (name != "cpu" and LOCAL_WORLD_SIZE > len(gpus) > 0):
-        there = f"this machine has {', '.join(devices)}, for {LOCAL_WORLD_SIZE} processes"
-        raise UserError(f"--device {name} is not there: {there}")
+    if name not in devices:
+        raise UserError(f"--device {name} is not there: this machine has {', '.join(devices)}")
     return torch.device(name)
 
 
 # ------------------------------------------------------------------------- processes, started by torchrun
 def init_distributed():
-    """Join the processes that torchrun has started, of which the main one prints; returns the store that they
-    share, or None where there is one process."""
+    """Join the processes that torchrun has started, of which the main one prints; returns their store."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return None
-    parent = os.getppid()
-
-    def watch_parent():  # torchrun: when it has been killed, this process would train on, unseen
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch_parent, daemon=True).start()
+    with contextlib.suppress(AttributeError, OSError):  # on Linux: when torchrun is killed, so are we
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     store, rank, world_size = next(dist.rendezvous("env://"))
     if torch.cuda.is_available():  # for NCCL's barriers
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
@@ -263,8 +247,7 @@ def parallelize(model, args):
         model = torch.compile(model)
     if get_world_size() == 1:
         return model
-    ids = [args.device.index] if args.device.type == "cuda" else None
-    model = nn.parallel.DistributedDataParallel(model, ids)
+    model = nn.parallel.DistributedDataParallel(model)
     images = torch.zeros(2, device=args.device)  # in this process's part of the batch, and in all of it
 
     def count_images(module, inputs):
@@ -283,8 +266,7 @@ def parallelize(model, args):
 # ------------------------------------------------------------------------------------------------ images
 @dataclass
 class Spec:
-    """What a network expects of its input. It is in every checkpoint, so that `predict.py` prepares an image
-    exactly as training did."""
+    """What a network expects of its input. Every checkpoint has it, so that `predict.py` does as training."""
 
     classes: list[str]
     size: int  # height and width, in pixels
@@ -298,20 +280,17 @@ class Spec:
 
 
 def decode(file: str | Path) -> np.ndarray | None:
-    """An image file as uint8, RGB (H, W, 3) or grayscale (H, W), rotated as its EXIF data say, what is
-    transparent on white; None where it cannot be read."""
+    """An image file as uint8 RGB (H, W, 3), rotated as EXIF says, on white; None where it is unreadable."""
     try:
         data = np.fromfile(file, np.uint8)
-        image = cv2.imdecode(data, cv2.IMREAD_ANYCOLOR)
+        image = cv2.imdecode(data, cv2.IMREAD_COLOR_RGB)  # without _RGB, OpenCV gives BGR
         rgba = cv2.imdecode(data, cv2.IMREAD_UNCHANGED) if data[0] != 0xFF else None  # a JPEG has no alpha
     except (OSError, IndexError, cv2.error):
         return None
-    if rgba is not None and rgba.shape[2:] == (4,) and image is not None:
+    if image is not None and rgba is not None and rgba.shape[2:] == (4,):
         alpha = rgba[..., 3:] / np.iinfo(rgba.dtype).max
         image = (image * alpha + 255 * (1 - alpha)).round().astype(np.uint8)
-    if image is None or image.ndim == 2:
-        return image
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)  # OpenCV has the channels the other way round
+    return image
 
 
 def prepare(image: np.ndarray, spec: Spec) -> np.ndarray:
@@ -332,8 +311,8 @@ def prepare(image: np.ndarray, spec: Spec) -> np.ndarray:
 
 
 def read_images(sources: Sequence, spec: Spec) -> Iterator[np.ndarray | None]:
-    """Decode in threads and prepare: yields uint8 (size, size, channels) for each source in turn, or None for
-    an unreadable one. A source is a file, a decoded image, or (data set of torchvision, index)."""
+    """Yield uint8 (size, size, channels) for each source, None where it is unreadable, decoded in threads. A
+    source is a file, a decoded image, or (data set of torchvision, index)."""
 
     def read(source):
         if isinstance(source, tuple):
@@ -341,60 +320,54 @@ def read_images(sources: Sequence, spec: Spec) -> Iterator[np.ndarray | None]:
         image = source if isinstance(source, np.ndarray) else decode(source)
         return None if image is None else prepare(image, spec)
 
-    chunks = [sources[i : i + 16] for i in range(0, len(sources), 16)]  # a task costs as much as a small file
-    with ThreadPoolExecutor() as pool:
+    n = min(16, len(sources) // 2 // os.cpu_count() + 1)  # images a task, which costs as much as a small file
+    chunks = [sources[i : i + n] for i in range(0, len(sources), n)]
+    with ThreadPoolExecutor() as pool:  # OpenCV works outside of Python's global lock
         for images in pool.map(lambda chunk: [read(source) for source in chunk], chunks):
             yield from images
 
 
 class ImageDataset(Dataset):
     """Labelled images; a batch of them is one index operation, dataset[indices].
-
     images: uint8 tensor (N, H, W, C), H = W = spec.size; or N sources, each read when it is asked for.
-    labels: int64 (N,), indices into spec.classes.
-    """
+    labels: int64 (N,), indices into spec.classes."""
 
     def __init__(self, images: torch.Tensor | Sequence, labels, spec: Spec):
         self.images, self.labels, self.spec = images, torch.as_tensor(labels), spec
         self.normalize, self.in_memory = Normalize(spec), isinstance(images, torch.Tensor)
+        self.indices = torch.arange(len(self.labels), device=self.labels.device)
 
     def __len__(self):
         return len(self.labels)
 
     def __getitem__(self, index):
         """uint8 (C, H, W) and label for an int; (B, C, H, W) and (B,) for a slice, list, tensor or mask."""
-        if not self.in_memory:
-            index = torch.arange(len(self))[index]
-            sources = [self.images[i] for i in index.reshape(-1).tolist()]
+        index = self.indices[index]  # () or (B,)
+        if self.in_memory:
+            images = self.images.index_select(0, index.flatten())  # seven times as fast as images[index]
+        else:
+            sources = [self.images[i] for i in index.flatten().tolist()]
             images = list(read_images(sources, self.spec))
             if bad := [source for source, image in zip(sources, images, strict=True) if image is None]:
                 raise UserError(f"{bad[0]} cannot be read: replace it")
-            images = torch.from_numpy(np.stack(images)).view(*index.shape, *images[0].shape)
-        elif isinstance(index, torch.Tensor) and index.dtype == torch.int64 and index.ndim == 1:
-            images = self.images.index_select(0, index)  # seven times as fast as images[index]
-        else:
-            images = self.images[index]
+            images = torch.from_numpy(np.stack(images))
+        images = images.view(*index.shape, *images.shape[1:])
         return images.movedim(-1, -3), self.labels[index]  # (..., H, W, C) -> (..., C, H, W), a view
 
     def __getitems__(self, indices):  # for a DataLoader: one index operation a batch
         return list(zip(*self[indices], strict=True))
 
-    def batches(self, indices, args):
-        """Images and labels at each of these tensors of indices; decoded in worker processes, if need be."""
-        if self.in_memory:
-            return (self[batch.to(self.labels.device)] for batch in indices)
-        workers = max(1, min(8, os.cpu_count() // LOCAL_WORLD_SIZE))
-        return DataLoader(self, None, sampler=indices, num_workers=workers)
+    def batches(self, indices):
+        """Images and labels at each of these tensors of indices."""
+        return (self[batch] for batch in indices)
 
 
 # --------------------------------------------------------------------------------------------- data sets
 def load_data(args, dataset: str, **spec) -> tuple[ImageDataset, ImageDataset]:
     """The images to train on and to evaluate on, as `--data`, `--size`, `--holdout`, `--limit-batches` and
     `--skip-bad` say. Raises UserError where they cannot be had.
-
     dataset: the name of the torchvision data set that a folder without images of one's own has or gets.
-    spec: fields of `Spec`; the classes come from the data, the size from `--size`.
-    """
+    spec: fields of `Spec`; the classes come from the data, the size from `--size`."""
     spec, first = Spec([], args.size, **spec), os.environ.get("LOCAL_RANK", "0") == "0"
     if not first:  # wait for the first process of this machine, which may download
         dist.barrier()
@@ -409,8 +382,7 @@ def load_data(args, dataset: str, **spec) -> tuple[ImageDataset, ImageDataset]:
     if args.limit_batches:
         count = args.limit_batches * args.batch_size
         parts = [random.Random(0).sample(part, min(count, len(part))) for part in parts]
-    train_set, test_set = (load_images(part, spec, args) for part in parts)
-    return train_set, test_set
+    return tuple(load_images(part, spec, args) for part in parts)
 
 
 def find_data(args, dataset, spec):
@@ -418,17 +390,13 @@ def find_data(args, dataset, spec):
     folder, names = Path(args.data), ["train"] if args.holdout else ["train", "test"]
     if args.data == "drawn":
         return [draw_digits(name, spec) for name in names]
-    if folder.is_file():
-        raise UserError(f"--data {folder} is a file: name the folder that holds the data, or drawn")
-    has_csv, has_folders = (folder / "train.csv").is_file(), (folder / "train").is_dir()
-    if not (has_csv or has_folders):
-        return [read_torchvision(dataset, name, folder, args, spec) for name in names]
-    if not has_csv and (folder / "val").is_dir() and not (folder / "test").is_dir():
-        names = [name.replace("test", "val") for name in names]
-    parts = [list_csv(folder / f"{name}.csv") if has_csv else list_folder(folder / name) for name in names]
+    has_csv = (folder / "train.csv").is_file()
+    if not (has_csv or (folder / "train").is_dir()):
+        return [read_torchvision(dataset, name, args, spec) for name in names]
+    parts = [list_csv(folder / f"{name}.csv") if has_csv else list_folder(folder, name) for name in names]
     train, test = ({label for _, label in part} for part in (parts[0], parts[-1]))
-    if test - train or (train - test and not has_csv):
-        raise UserError(f"train and test have different classes: {sorted(test ^ train)[:5]} are in one only")
+    if test - train:
+        raise UserError(f"{sorted(test - train)[:5]} are classes in the test images only")
     if not 2 <= len(train) <= 10_000:
         raise UserError(f"{folder} has {len(train)} classes, {sorted(train)[:3]}: it takes 2 to 10,000")
     spec.classes = sorted(train, key=lambda label: (int(label) if label.isdecimal() else -1, label))
@@ -442,34 +410,35 @@ def find_images(folder: Path) -> list[Path]:
     return sorted(file for file in files if "/." not in f"/{file.relative_to(folder).as_posix()}")
 
 
-def list_folder(folder):
-    """The (file, label) pairs of FOLDER/<class>/**."""
-    files = [file for file in find_images(folder) if file.parent != folder]
-    if not files:
-        raise UserError(f"no images in {folder}/<class>/: put some there (no test images: --holdout N)")
-    return [(file, file.relative_to(folder).parts[0]) for file in files]
+def list_folder(root, name):
+    """The (file, label) pairs of ROOT/train/<class>/**, ROOT/test/ or ROOT/val/."""
+    folder = root / name if name == "train" or (root / "test").is_dir() else root / "val"
+    pairs = [
+        (file, file.relative_to(folder).parts[0]) for file in find_images(folder) if file.parent != folder
+    ]
+    if not pairs:
+        raise UserError(f"no images in {root / name}/<class>/: put some there (no test images: --holdout N)")
+    return pairs
 
 
 def list_csv(table):
     """The (file, label) pairs of a CSV file: a header, then a file and its label in each row."""
-    if not table.is_file():
-        raise UserError(f"no file {table}: add it, or use --holdout N")
     try:
         with open(table, encoding="utf-8-sig", newline="") as file:
-            rows = [row for row in csv.reader(file) if row]
+            header, *rows = [row for row in csv.reader(file) if row]
     except (ValueError, csv.Error) as error:
-        raise UserError(f"{table} is no CSV file in UTF-8: {error}") from None
-    if len(rows) < 2 or (table.parent / rows[0][0]).is_file():
-        raise UserError(f"{table} needs a header, file,label, and a row for each image")
-    for row in rows[1:]:
+        raise UserError(f"{table} is no CSV file in UTF-8 with a header: {error}") from None
+    if (table.parent / header[0]).is_file():
+        raise UserError(f"{table} needs a header, file,label")
+    for row in rows:
         if len(row) < 2 or not row[1].strip() or not (table.parent / row[0]).is_file():
             raise UserError(f"{table}: no label, or no such file, in the row {','.join(row)}")
-    return [(table.parent / row[0], row[1].strip()) for row in rows[1:]]
+    return [(table.parent / row[0], row[1].strip()) for row in rows]
 
 
 def draw_digits(part, spec):
-    """Synthetic images of the digits, light on dark, in varying font, place, size, rotation, color and noise,
-    the same ones every time: uint8 (size, size, C) and the digit; 10,000 to train on, 2,000 to test on."""
+    """Synthetic images of the digits, uint8 (size, size, C), the same ones every time, and which digit: in
+    varying font, place, size, rotation, color and noise; 10,000 to train on, 2,000 to test on."""
     count, seed = (10_000, 1) if part == "train" else (2_000, 2)
     rng, shape, pairs = np.random.default_rng(seed), (spec.size, spec.size, spec.channels), []
     spec.classes = list("0123456789")
@@ -490,60 +459,50 @@ def draw_digits(part, spec):
     return pairs
 
 
-def read_torchvision(name, part, folder, args, spec):
-    """(image, class index) pairs of a torchvision data set, downloaded if need be; sets spec.classes."""
-    import torchvision  # here, since it takes a second and prediction does not need it
+def read_torchvision(name, part, args, spec):
+    """(image, class index) pairs of a torchvision data set; sets spec.classes."""
+    from torchvision import datasets  # here, since it takes a second and prediction does not need it
 
-    if folder.name.replace("-", "").lower().startswith(name.lower()):
-        folder = folder.parent  # the data set's own folder was named
-    dataset = getattr(torchvision.datasets, name, None)
-    if dataset is None:
-        raise UserError(f"torchvision has no data set {name}")
+    dataset = getattr(datasets, name)
     parameters = inspect.signature(dataset).parameters
     options = {"train": part == "train"} if {"train", "kwargs"} & {*parameters} else {}
     if "split" in parameters:  # EMNIST has both: "balanced" are its 47 letters and digits
         options["split"] = part if name != "EMNIST" else "balanced"
     if part == "test" and not options:
         raise UserError(f"{name} has no test set: add --holdout N, to evaluate on N of its images")
-    try:
-        data = dataset(folder, **options)
-    except ImportError as error:
-        raise UserError(f"{name} needs a package: pip install {error.name}") from None
-    except (OSError, RuntimeError, ValueError, AssertionError, EOFError) as error:
-        if "not found" not in str(error) and not isinstance(error, FileNotFoundError):
-            raise UserError(
-                f"{name} in {folder} is damaged, remove it to download it anew: {error}"
-            ) from None
-        data = download(dataset, folder, options, args)
+    data = open_or_download(dataset, options, args)
     labels = [getattr(data, key) for key in ("targets", "labels", "_labels") if hasattr(data, key)]
     labels = np.asarray(labels[0] if labels else [label for _, label in data]).tolist()
-    images = list(np.asarray(data.data)) if hasattr(data, "data") else [(data, i) for i in range(len(data))]
-    if hasattr(data, "data") and images[0].shape[0] == 3:  # (3, H, W), as SVHN and STL10 have it
-        images = [image.transpose(1, 2, 0) for image in images]
+    images = [(data, i) for i in range(len(data))]
+    if hasattr(data, "data"):  # some have (3, H, W) for an image
+        images = [image.transpose(1, 2, 0) if len(image) == 3 else image for image in np.asarray(data.data)]
     classes = getattr(data, "classes", range(max(labels) + 1))
     spec.classes = [str(label).split(" - ")[0] for label in classes]  # MNIST's are "0 - zero"
     return list(zip(images, labels, strict=True))
 
 
-def download(dataset, folder, options, args):
-    """Download a torchvision data set, CIFAR-10 from its mirrors first; its md5 decides what is accepted."""
-    from torchvision.datasets.utils import download_and_extract_archive
-
-    if not folder.exists() and args.data != "data" and not args.download:
+def open_or_download(dataset, options, args):
+    """A torchvision data set from `--data`, else downloaded to it, CIFAR-10 from its mirrors first."""
+    folder, name = Path(args.data), dataset.__name__
+    if folder.name.replace("-", "").lower().startswith(name.lower()):
+        folder = folder.parent  # the data set's own folder was named
+    problems = (OSError, RuntimeError, ValueError, AssertionError, EOFError)
+    with contextlib.suppress(*problems):
+        return dataset(folder, **options)
+    if not folder.is_dir() and args.data != "data" and not args.download:
         raise UserError(f"no folder {folder}: name one that exists, or add --download")
     if any(file.suffix.lower() in SUFFIXES for file in [*folder.glob("*"), *folder.glob("*/*")]):
         raise UserError(f"{folder} has images, but no train/<class>/ and test/<class>/, and no train.csv")
-    print(f"{dataset.__name__} is not in {folder}: downloading it", flush=True)
+    print(f"{name} is not in {folder}, or not whole: downloading it", flush=True)
     socket.setdefaulttimeout(20)  # seconds without an answer
-    for url in CIFAR10_MIRRORS if dataset.__name__ == "CIFAR10" else ():
-        with contextlib.suppress(OSError, RuntimeError, EOFError):  # then the next one
-            download_and_extract_archive(url, folder, filename=dataset.filename, md5=dataset.tgz_md5)
-            break
-    try:
-        return dataset(folder, download=True, **options)
-    except (OSError, RuntimeError, EOFError) as error:
-        ways = "name a folder that has it with --data, or use --data drawn"
-        raise UserError(f"{dataset.__name__} does not download to {folder} ({error}): {ways}") from None
+    for url in (*CIFAR10_MIRRORS * (name == "CIFAR10"), getattr(dataset, "url", None)):
+        try:
+            dataset.url = url  # its md5 decides what is accepted
+            return dataset(folder, download=True, **options)
+        except problems as error:
+            problem = error
+    ways = "remove what is there, name a folder that has it with --data, or use --data drawn"
+    raise UserError(f"{name} does not download to {folder} ({problem}): {ways}")
 
 
 def load_images(pairs, spec, args):
@@ -558,12 +517,12 @@ def load_images(pairs, spec, args):
             bad.append(i)
         else:
             images[i] = torch.from_numpy(image)
-    if bad and not (args.skip_bad and len(bad) < len(pairs)):
-        names = ", ".join(str(sources[i]) for i in bad[:5])
-        raise UserError(f"{len(bad)} unreadable images, {names}: replace them, or add --skip-bad")
     if bad:
+        if not args.skip_bad or len(bad) == len(pairs):
+            names = ", ".join(str(sources[i]) for i in bad[:5])
+            raise UserError(f"{len(bad)} unreadable images, {names}: replace them, or add --skip-bad")
         print(f"{len(bad)} unreadable images left out")
-        good = torch.ones(len(pairs), dtype=torch.bool).index_fill(0, torch.tensor(bad), False)
+        good = sorted({*range(len(pairs))} - {*bad})
         images, labels = images[good], labels[good]
     if args.device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(args.device)[0] / 4:
         images, labels = images.to(args.device), labels.to(args.device)  # the GPU has plenty of memory
@@ -578,7 +537,7 @@ def unpack():
     parser.add_argument("folder", help="where to write")
     args, spec = parser.parse_args(namespace=argparse.Namespace(download=True)), Spec([], 32)
     for part in ("train", "test"):
-        for i, (image, label) in enumerate(read_torchvision("CIFAR10", part, Path(args.data), args, spec)):
+        for i, (image, label) in enumerate(read_torchvision("CIFAR10", part, args, spec)):
             file = Path(args.folder, part, spec.classes[label], f"{i:05}.png")
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(cv2.imencode(".png", image[..., ::-1])[1])
@@ -595,9 +554,8 @@ class Normalize(nn.Module):
         self.register_buffer("shift", -mean / std)
 
     def forward(self, images):
-        if images.dtype == torch.uint8:
-            return images.float().mul_(self.scale / 255).add_(self.shift)
-        return images * self.scale + self.shift
+        scale = self.scale / 255 if images.dtype == torch.uint8 else self.scale
+        return images.float().mul(scale).add_(self.shift)
 
 
 def random_flip_and_crop(images: torch.Tensor, padding: int, flip: bool = True) -> torch.Tensor:
@@ -627,7 +585,7 @@ def augment_images(augment, images):
 def load_batches(dataset, indices, args, augment=None):
     """Yield images, float32 (B, C, H, W), and labels, int64 (B,), on the device for each of these indices."""
     normalize = dataset.normalize.to(args.device)
-    for images, labels in dataset.batches(indices, args):
+    for images, labels in dataset.batches(indices):
         images = augment_images(augment, images.to(args.device, non_blocking=True))
         yield normalize(images), labels.to(args.device, non_blocking=True)
 
@@ -655,37 +613,21 @@ def progress_bar(items, title, total, args, metrics=None):
 class Metrics:
     """Loss and accuracy over the images so far. Sums stay on the device: to read them is to wait for it."""
 
-    def __init__(self, batches: int, device: torch.device):
-        self.sums = torch.zeros(batches, 3, device=device)  # of loss, right predictions, images
-        self.seen, self.start = 0, time.perf_counter()
+    def __init__(self, steps: int, device: torch.device):
+        self.sums, self.step = torch.zeros(steps, 3, device=device), 0  # of loss, right predictions, images
 
     def update(self, loss, logits, labels):
         """Count a batch: its mean loss, its logits (B, classes) and labels (B,)."""
-        loss, correct = loss.detach().float(), (logits.argmax(1) == labels).sum()
-        count = torch.full_like(loss, len(labels))
-        # One of several processes may have no image of a small last batch: the mean of none is not a number.
-        loss = loss * count if len(labels) else torch.zeros_like(loss)
-        self.sums[self.seen] = torch.stack([loss, correct, count])
-        self.seen += 1
+        if len(labels):  # one of several processes may have no image of a small last batch
+            count, correct = torch.full_like(loss, len(labels)), (logits.argmax(1) == labels).sum()
+            self.sums[self.step] = torch.stack([loss.detach() * count, correct, count])
+        self.step += 1
 
-    def compute(self, reduce=lambda sums: sums):
-        """Loss, accuracy, images, sums (batches, 3). Raises UserError where the loss is not finite."""
-        sums = reduce(self.sums).cpu().double()
+    def compute(self):
+        """Mean loss, accuracy, and the sums, float64 (steps, 3)."""
+        sums = self.sums.cpu().double()
         loss, correct, images = sums.sum(0).tolist()
-        if not math.isfinite(loss):
-            raise UserError("the loss is not finite: try a smaller --lr")
-        return loss / max(1, images), correct / max(1, images), images, sums
-
-    def finish(self, part, epoch=1):
-        """The columns of history.csv for "train" or "test", and the rows of loss.csv, over all processes: the
-        last step of each 1/50 of the epoch, and the mean loss in it."""
-        loss, accuracy, images, sums = self.compute(all_reduce)
-        seconds, step, points = time.perf_counter() - self.start, (epoch - 1) * len(sums), []
-        row = {f"{part}_loss": loss, f"{part}_accuracy": accuracy, f"{part}_seconds": round(seconds, 3)}
-        for some in sums.tensor_split(min(50, len(sums))):
-            step += len(some)
-            points.append([step, (some[:, 0].sum() / some[:, 2].sum()).item()])
-        return {**row, "images_per_second": round(images / seconds, 1)}, points
+        return loss / max(1, images), correct / max(1, images), sums
 
 
 # ---------------------------------------------------------------------------------------------- training
@@ -700,29 +642,31 @@ def fit(model, train_set, test_set, loss_fn, optimizer, args, scheduler=None, au
     after_epoch: function (row of history.csv), when the epoch is saved; True ends the run. `args.writer` is
         TensorBoard's, or None.
     """
-    keep_freed_memory()
     model.to(args.device, memory_format=torch.channels_last)  # the layout that convolutions are fastest with
     run, predictions = start_or_resume(model, optimizer, scheduler, train_set, args), None
     open_run(model, train_set, test_set, augment, args)
-    parallel_model = parallelize(model, args)
+    net = parallelize(model, args)
     try:
         for epoch in range(len(run["history"]) + 1, args.epochs + 1):
-            row, losses = train_one_epoch(
-                parallel_model, train_set, loss_fn, optimizer, args, epoch, scheduler, augment
-            )
+            row, losses = train_one_epoch(net, train_set, loss_fn, optimizer, args, epoch, scheduler, augment)
             tested, predictions = evaluate(model, test_set, args)
-            row = {**tested, **row}
+            row |= tested
+            if not math.isfinite(row["train_loss"] + row["test_loss"]):
+                raise UserError("the loss is not finite: try a smaller --lr")
             step_scheduler(scheduler, row)
             run = save_epoch(run, row, losses, args)
             if after_epoch and after_epoch(row):
                 break
     except (KeyboardInterrupt, UserError) as stop:
         draw_results(run, predictions, test_set, args)
-        saved = f"epoch {len(run['history'])} is saved in {args.out}"
+        saved = (
+            f"epoch {len(run['history'])} is saved in {args.out}"
+            if run["history"]
+            else "no epoch is complete"
+        )
         if isinstance(stop, KeyboardInterrupt):
             command = ["python", os.path.relpath(args.recipe), "--resume", "--out", args.out]
             saved += f", continue with {shlex.join(command)}"
-        saved = saved if run["history"] else "no epoch is complete"
         raise type(stop)(f"{stop}; {saved}") from None
     if predictions is None:  # the run was complete before it was resumed
         _, predictions = evaluate(model, test_set, args)
@@ -732,11 +676,11 @@ def fit(model, train_set, test_set, loss_fn, optimizer, args, scheduler=None, au
 
 
 def train_one_epoch(model, dataset, loss_fn, optimizer, args, epoch, scheduler=None, augment=None):
-    """Train on every image once; returns its part of the row of history.csv, and of loss.csv. For the
-    arguments see `fit`."""
-    indices = split_batches(shuffle(dataset, model, args, epoch), args.batch_size)
-    batches = load_batches(dataset, indices, args, augment)
-    metrics, lr = Metrics(len(indices), args.device), float(optimizer.param_groups[0]["lr"])
+    """Train on every image once; returns its part of the row of history.csv, and the rows of loss.csv: the
+    last step of each 1/50 of the epoch, and the mean loss in it. For the arguments see `fit`."""
+    start, lr = time.perf_counter(), float(optimizer.param_groups[0]["lr"])
+    indices = split_batches(shuffle(len(dataset), args, epoch), args.batch_size)
+    batches, metrics = load_batches(dataset, indices, args, augment), Metrics(len(indices), args.device)
     model.train()  # dropout and batch normalization work differently in training
     for images, labels in progress_bar(batches, f"epoch {epoch}/{args.epochs}", len(indices), args, metrics):
         with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp):
@@ -747,43 +691,47 @@ def train_one_epoch(model, dataset, loss_fn, optimizer, args, epoch, scheduler=N
         optimizer.step()
         step_scheduler(scheduler)
         metrics.update(loss, logits, labels)
-    row, points = metrics.finish("train", epoch)
-    return {"epoch": epoch, "lr": lr, **row}, points
+    all_reduce(metrics.sums)
+    loss, accuracy, sums = metrics.compute()
+    seconds, step, losses = time.perf_counter() - start, (epoch - 1) * len(sums), []
+    for part in sums.tensor_split(min(50, len(sums))):
+        step += len(part)
+        losses.append([step, (part[:, 0].sum() / part[:, 2].sum()).item()])
+    row = {"epoch": epoch, "lr": lr, "train_loss": loss, "train_accuracy": accuracy}
+    row |= {"train_seconds": round(seconds, 3), "images_per_second": round(len(dataset) / seconds, 1)}
+    return row, losses
 
 
 @torch.no_grad()  # without gradients evaluation takes half the time and a fraction of the memory
 def evaluate(model, dataset, args):
     """Classify every image once; returns its part of the row of history.csv, and what was predicted: classes,
     int64 (N,), their probabilities, float32 (N,), and the indices of the mistakes, the surest ones first."""
+    start, labels = time.perf_counter(), dataset.labels.cpu()
     indices = split_batches(torch.arange(len(dataset)), max(args.batch_size, 2**18 // dataset.spec.size**2))
-    predicted, probability = torch.zeros(2, len(dataset), device=args.device)
-    metrics, batches = Metrics(len(indices), args.device), load_batches(dataset, indices, args)
-    bar = progress_bar(batches, "evaluation", len(indices), args)
+    batches = progress_bar(load_batches(dataset, indices, args), "evaluation", len(indices), args)
+    results = torch.zeros(3, len(dataset), device=args.device)
     model.eval()
-    for part, (images, labels) in zip(indices, bar, strict=True):
+    for part, (images, targets) in zip(indices, batches, strict=True):
         with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp):
             logits = model(images).float()
-        metrics.update(F.cross_entropy(logits, labels), logits, labels)
-        part = part.to(args.device)
-        probability[part], predicted[part] = logits.softmax(1).amax(1), logits.argmax(1).float()
-    predicted, probability = all_reduce(predicted).cpu().long(), all_reduce(probability).cpu()
-    wrong = (predicted != dataset.labels.cpu()).nonzero()[:, 0]
-    mistakes = wrong[probability[wrong].argsort(descending=True)].tolist()
-    return metrics.finish("test")[0], (predicted, probability, mistakes)
+        loss = F.cross_entropy(logits, targets, reduction="none")
+        results[:, part] = torch.stack([loss, logits.argmax(1), logits.softmax(1).amax(1)])
+    loss, predicted, probability = all_reduce(results).cpu()
+    mistakes = (predicted != labels).nonzero()[:, 0]
+    mistakes = mistakes[probability[mistakes].argsort(descending=True)].tolist()
+    row = {"test_loss": loss.double().mean().item(), "test_accuracy": 1 - len(mistakes) / len(labels)}
+    row["test_seconds"] = round(time.perf_counter() - start, 3)
+    return row, (predicted.long(), probability, mistakes)
 
 
-def shuffle(dataset, model, args, epoch):
+def shuffle(count, args, epoch):
     """The order of an epoch's images, int64 (N,). All that is random in an epoch is seeded here, so that a
     resumed run equals an uninterrupted one."""
     seed = args.seed * 1_000_003 + epoch
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     torch.manual_seed(seed + (get_rank() << 52))  # processes differ in augmentation and dropout
-    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
-        least = 2 * get_world_size()  # batch normalization needs two images in each process,
-        if min(args.batch_size, len(order)) < least:
-            raise UserError(f"batch normalization needs {least} images a batch: take a larger --batch-size")
-        if len(order) % args.batch_size < least:  # so a smaller last batch is left out, another one each time
-            order = order[: len(order) // args.batch_size * args.batch_size]
+    if count % args.batch_size == 1 and count > args.batch_size:
+        return order[:-1]  # batch normalization cannot learn from a batch of one: another one each time
     return order
 
 
@@ -794,34 +742,23 @@ def one_cycle(optimizer, train_set, args):
     peak = max(1, steps // 4)
     factor = lambda step: min((step + 1) / peak, (steps - step) / (steps - peak + 1))  # noqa: E731
     scheduler = lr_scheduler.LambdaLR(optimizer, factor)
-    scheduler.per_batch, scheduler.epochs = True, args.epochs  # in its state: --resume notices other epochs
+    scheduler.per_batch = True
     return scheduler
 
 
 def step_scheduler(scheduler, row=None):
     """Step a learning-rate scheduler: after every batch OneCycleLR, CyclicLR and one with the attribute
     `per_batch`; any other after every epoch, with its row of history.csv."""
-    documented = isinstance(scheduler, (lr_scheduler.OneCycleLR, lr_scheduler.CyclicLR))
-    if scheduler is None or getattr(scheduler, "per_batch", documented) != (row is None):
-        return
-    if isinstance(scheduler, lr_scheduler.ReduceLROnPlateau):
-        scheduler.step(row["test_loss"])
-    else:
-        scheduler.step()
-
-
-def keep_freed_memory():
-    """Have glibc keep freed memory for the next step: to get it anew takes a seventh of a step on a CPU."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # other C libraries have no mallopt
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, bytes: larger blocks are still returned
-        libc.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD, bytes
+    per_batch = isinstance(scheduler, (lr_scheduler.OneCycleLR, lr_scheduler.CyclicLR))
+    if scheduler and getattr(scheduler, "per_batch", per_batch) == (row is None):
+        plateau = isinstance(scheduler, lr_scheduler.ReduceLROnPlateau)
+        scheduler.step(row["test_loss"]) if plateau else scheduler.step()
 
 
 # ----------------------------------------------------------------------------- run folders and checkpoints
 def open_run(model, train_set, test_set, augment, args):
     """Make the run folder, move an earlier run in it aside, show what is going to be trained."""
-    out, resumed, args.writer = Path(args.out), args.checkpoint, None
+    out, resumed, args.writer = Path(args.out), args.checkpoint is not None, None
     args.checkpoint = None  # its memory is needed
     if not is_main_process():
         return
@@ -834,69 +771,60 @@ def open_run(model, train_set, test_set, augment, args):
     except OSError as error:
         raise UserError(f"cannot write to {out} ({error.strerror}): name another --out") from None
     if args.tensorboard:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise UserError("--tensorboard needs a package: pip install tensorboard") from None
-        args.writer = SummaryWriter(out, purge_step=resumed["losses"][-1][0] + 1 if resumed else None)
-    draw_samples(train_set, augment, args)
-    describe_run(model, train_set, test_set, args)
+        from torch.utils.tensorboard import SummaryWriter
 
-
-def plain(value):
-    """NumPy's numbers and arrays in dicts and lists as Python's, which `torch.load` opens."""
-    if isinstance(value, dict):
-        return type(value)({key: plain(item) for key, item in value.items()})
-    if isinstance(value, (list, tuple)):
-        return type(value)(plain(item) for item in value)
-    return value.tolist() if isinstance(value, (np.generic, np.ndarray)) else value
+        args.writer = SummaryWriter(out)
+    describe_run(model, train_set, test_set, augment, args)
 
 
 def start_or_resume(model, optimizer, scheduler, train_set, args):
     """What a checkpoint holds, {name: value}: of a new run, or of the one that `args.checkpoint` is from."""
     spec, saved = asdict(train_set.spec), args.checkpoint
-    setup = {name: value for name, value in args.settings.items() if name not in MAY_CHANGE}
-    setup |= {"recipe": args.recipe.stem, **spec, "training images": len(train_set)}
+    setup = {**args.settings, **spec, "recipe": args.recipe.stem, "training images": len(train_set)}
     setup |= {"optimizer": type(optimizer).__name__, "scheduler": type(scheduler).__name__}
-    setup["parameter groups"] = [len(group["params"]) for group in optimizer.param_groups]
-    schedule = scheduler.state_dict() if scheduler else {}
-    setup |= {f"scheduler's {key}": value for key, value in schedule.items() if key[0] != "_"}
+    setup["epochs of the schedule"] = args.epochs if args.tuned else None
     run = {"format": FORMAT, "recipe": args.recipe.stem, "settings": args.settings, "spec": spec}
-    run |= {"setup": plain(setup), "history": [], "losses": []}
+    run |= {"setup": setup, "history": [], "losses": []}
     if saved:
-        for name, now in run["setup"].items():  # which a resumed run cannot change
-            before = saved["setup"].get(name)
-            if before != now:
-                change = f"{name} from {before} to {now}"
+        for name in [name for name in setup if name not in MAY_CHANGE]:
+            if setup[name] != (before := saved["setup"].get(name)):
+                change = f"{name} from {before} to {setup[name]}"
                 raise UserError(f"--resume cannot change {change}: keep it, or name another --out")
-        run |= {"history": saved["history"], "losses": saved["losses"]}
         load_parameters(model, saved)
         optimizer.load_state_dict(saved["optimizer"])
         if scheduler:
             scheduler.load_state_dict(saved["scheduler"])
+        run |= {"history": saved["history"], "losses": saved["losses"]}
     return run | {"model": model, "optimizer": optimizer, "scheduler": scheduler}
 
 
 def save_epoch(run, row, losses, args):
-    """Add an epoch to a run, and return that. Write the tables, best.pt if the epoch is the best, epoch_N.pt
-    if asked for, and last of all last.pt, with which the epoch is complete; print it."""
+    """Add an epoch to a run, and return that. Print it, and write it to TensorBoard, where the x axis is the
+    step; last.pt is written last of all, and with it the epoch is complete."""
     run = {**run, "history": [*run["history"], row], "losses": run["losses"] + losses}
     if not is_main_process():
         return run
-    checkpoint = plain({k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in run.items()})
-    rows = [COLUMNS, *([one[name] for name in COLUMNS] for one in run["history"])]
-    files = {"history.csv": rows, "loss.csv": [["step", "train_loss"], *run["losses"]]}
-    if args.save_every and row["epoch"] % args.save_every == 0:
-        files[f"epoch_{row['epoch']}.pt"] = checkpoint
-    if max(run["history"], key=lambda one: one["test_accuracy"]) is row:
-        files["best.pt"] = checkpoint
-    for name, content in {**files, "last.pt": checkpoint}.items():
+    tables = {"history.csv": [COLUMNS, *([one[name] for name in COLUMNS] for one in run["history"])]}
+    tables["loss.csv"] = [["step", "train_loss"], *run["losses"]]
+    for name, rows in tables.items():
         with atomic_write(Path(args.out, name)) as path:
-            if content is checkpoint:
-                torch.save(checkpoint, path)
-            else:
-                path.write_text("".join(",".join(map(str, line)) + "\n" for line in content))
-    log_epoch(row, losses, args)
+            path.write_text("".join(",".join(map(str, line)) + "\n" for line in rows))
+    checkpoint = {name: v.state_dict() if hasattr(v, "state_dict") else v for name, v in run.items()}
+    checkpoint = tree_map(lambda v: v.tolist() if isinstance(v, (np.generic, np.ndarray)) else v, checkpoint)
+    names = [f"epoch_{row['epoch']}.pt"] if args.save_every and row["epoch"] % args.save_every == 0 else []
+    names += ["best.pt"] if row is max(run["history"], key=lambda one: one["test_accuracy"]) else []
+    for name in [*names, "last.pt"]:
+        with atomic_write(Path(args.out, name)) as path:
+            torch.save(checkpoint, path)
+    line = f"{row['epoch']:>3}/{args.epochs:<3}{row['train_loss']:>11.4f}{row['train_accuracy']:>10.4f}"
+    line += f"{row['test_loss']:>17.4f}{row['test_accuracy']:>10.4f}{row['train_seconds']:>9.1f}"
+    print(f"{line}{row['images_per_second']:>10,.0f}", flush=True)
+    if args.writer:
+        for step, loss in losses:
+            args.writer.add_scalar("train/loss", loss, step)
+        for name in ("lr", "train_accuracy", "test_loss", "test_accuracy"):
+            args.writer.add_scalar(name.replace("_", "/"), row[name], losses[-1][0])
+        args.writer.flush()
     return run
 
 
@@ -919,8 +847,8 @@ def load_checkpoint(path: str | Path, any_format: bool = False) -> dict:
     executed. Raises UserError where it is damaged, has code in it, or another format."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
-        raise UserError(f"cannot open {path}: {error.strerror}") from None
+    except OSError:
+        raise
     except Exception:  # damaged bytes can raise anything in there
         ways = "it is damaged, or no checkpoint, or a pickled model (save its state_dict() instead)"
         raise UserError(f"{path} is refused: {ways}") from None
@@ -940,47 +868,42 @@ def load_parameters(model, checkpoint):
 
 
 # ---------------------------------------------------------------------------------- reports and figures
-def describe_run(model, train_set, test_set, args):
-    """Print what is trained on what and, unless `--quiet`, the network layer by layer, or block by block."""
-    spec, layers = train_set.spec, {k: v for k, v in model.named_modules() if not list(v.children())}
-    if len(layers) > 16:
-        layers = dict(model.named_children())
+def describe_run(model, train_set, test_set, augment, args):
+    """Print the network, layer by layer or block by block unless `--quiet`, and what it is trained on; draw
+    samples.png: training images with their classes, and below each the same one as the network gets it."""
+    spec, names = train_set.spec, {m: name for name, m in model.named_modules() if not [*m.children()]}
+    if len(names) > 16:
+        names = {block: name for name, block in model.named_children()}
 
-    def print_layer(name, layer, inputs, output):
-        shape, count = "x".join(map(str, output.shape[1:])), sum(p.numel() for p in layer.parameters())
-        print(f"  {name:<20}{type(layer).__name__:<22}{shape:<18}{count:>12,}")
+    def print_layer(layer, inputs, output):
+        if layer in names:
+            shape, count = "x".join(map(str, output.shape[1:])), sum(p.numel() for p in layer.parameters())
+            print(f"  {names[layer]:<20}{type(layer).__name__:<22}{shape:<18}{count:>12,}")
 
     if not args.quiet:
         print(f"  {'layer':<20}{'kind':<22}{'output':<18}{'parameters':>12}")
-        hooks = [layer.register_forward_hook(partial(print_layer, name)) for name, layer in layers.items()]
+        hook = nn.modules.module.register_module_forward_hook(print_layer)
         with torch.no_grad():
             model.eval()(torch.zeros(1, spec.channels, spec.size, spec.size, device=args.device))
-        for hook in hooks:
-            hook.remove()
+        hook.remove()
     count, on = sum(p.numel() for p in model.parameters()), "bfloat16" if args.amp else "float32"
     print(f"{args.recipe.stem} on {args.device} in {on}: {count:,} parameters, {len(spec.classes)} classes")
     images = f"{len(train_set):,} + {len(test_set):,} images (training + {args.evaluated_on})"
     print(f"input {spec.channels}x{spec.size}x{spec.size}, {images}")
     print(f" epoch  train loss  accuracy  {args.evaluated_on:>10} loss  accuracy  seconds  images/s")
-
-
-def log_epoch(row, points, args):
-    """Print the row of history.csv, and write it to TensorBoard, where the x axis is the step."""
-    line = f"{row['epoch']:>3}/{args.epochs:<3}{row['train_loss']:>11.4f}{row['train_accuracy']:>10.4f}"
-    line += f"{row['test_loss']:>17.4f}{row['test_accuracy']:>10.4f}{row['train_seconds']:>9.1f}"
-    print(f"{line}{row['images_per_second']:>10,.0f}", flush=True)
-    if args.writer:
-        for step, loss in points:
-            args.writer.add_scalar("train/loss", loss, step)
-        for name in ("lr", "train_accuracy", "test_loss", "test_accuracy"):
-            args.writer.add_scalar(name.replace("_", "/"), row[name], points[-1][0])
-        args.writer.flush()
+    if not HAS_MATPLOTLIB:
+        return print("pip install matplotlib for samples.png, curves.png, confusion.png, mistakes.png")
+    images, labels = train_set[torch.randperm(len(train_set))[:8]]
+    augmented = augment_images(augment, images)
+    if augmented.is_floating_point():
+        augmented = (augmented * 255).clamp(0, 255).byte()
+    titles = [spec.classes[label] for label in labels.tolist()] + [""] * len(labels)
+    heading = "Training images; below, as the network gets them"
+    save_figure(draw_grid(torch.cat([images, augmented]).cpu(), titles, heading), "samples", args)
 
 
 def report(history, predictions, test_set, args):
     """Print the surest mistakes, the accuracy per class, the best epoch and how to predict."""
-    if not is_main_process():
-        return
     predicted, probability, mistakes = predictions
     classes, labels = [printable(name) for name in test_set.spec.classes], test_set.labels.cpu()
     print("\nmost confident mistakes:")
@@ -992,8 +915,8 @@ def report(history, predictions, test_set, args):
         correct = predicted[labels == i] == i
         print(f"  {name:<20} {f'{correct.double().mean():.4f}' if len(correct) else 'no images'}")
     best = max(history, key=lambda row: row["test_accuracy"])
-    recipe, here = args.recipe.resolve(), Path(__file__).resolve().parent
     print(f"best epoch: {best['epoch']}, {args.evaluated_on} accuracy {best['test_accuracy']:.4f}")
+    recipe, here = args.recipe.resolve(), Path(__file__).resolve().parent
     option = [] if recipe.stem in RECIPES and recipe.parent == here else ["--recipe", os.path.relpath(recipe)]
     command = ["python", os.path.relpath(here / "predict.py"), *option, str(Path(args.out, "best.pt"))]
     print(f"classify: {shlex.join(command)} IMAGE...")
@@ -1003,16 +926,15 @@ def draw_grid(images, titles, heading, marked=()):
     """A matplotlib figure of uint8 images (N, C, H, W) with a title each, red if its index is in `marked`."""
     from matplotlib.figure import Figure
 
-    height, rows = 1.15 + 0.17 * max(title.count("\n") + 1 for title in titles), math.ceil(len(images) / 8)
-    figure = Figure(figsize=(9.6, 1.1 * height * rows + 0.5), layout="constrained", dpi=110)
-    axes = figure.subplots()  # one for all images: an axes for each takes seconds to draw
-    for i, (image, title) in enumerate(zip(images, titles, strict=True)):
-        x, y, color = 1.12 * (i % 8), height * (i // 8), "red" if i in marked else "black"
-        axes.imshow(image.movedim(0, -1).numpy(), extent=(x, x + 1, y + 1, y), cmap="gray", vmin=0, vmax=255)
+    rows = math.ceil(len(images) / 8)
+    figure = Figure(figsize=(9.6, 1.7 * rows + 0.5), layout="constrained", dpi=110)
+    figure.suptitle(heading)
+    for axes in figure.subplots(rows, 8, squeeze=False).flat:
+        axes.set_axis_off()
+    for i, (axes, image, title) in enumerate(zip(figure.axes, images, titles, strict=False)):
+        axes.imshow(image.movedim(0, -1).numpy(), cmap="gray", vmin=0, vmax=255)
         text = "\n".join(printable(line)[:15] for line in title.split("\n"))
-        axes.text(x + 0.5, y - 0.04, text, ha="center", va="bottom", size=8, color=color, parse_math=False)
-    axes.set(xlim=(0, 8.84), ylim=(height * rows - height + 1, 1 - height), aspect="equal", title=heading)
-    axes.set_axis_off()
+        axes.set_title(text, size=8, color="red" if i in marked else "black", parse_math=False)
     return figure
 
 
@@ -1024,34 +946,22 @@ def save_figure(figure, name, args):
         args.writer.flush()
 
 
-def draw_samples(train_set, augment, args):
-    """samples.png: training images with their classes, and below each the same one as the network gets it."""
-    if not HAS_MATPLOTLIB:
-        return print("pip install matplotlib for samples.png, curves.png, confusion.png, mistakes.png")
-    chosen = torch.randperm(len(train_set), generator=torch.Generator().manual_seed(0))[:8]
-    images, labels = train_set[chosen.to(train_set.labels.device)]
-    augmented = augment_images(augment, images)
-    if augmented.dtype != torch.uint8:
-        augmented = (augmented * 255).clamp(0, 255).byte()
-    titles = [train_set.spec.classes[label] for label in labels.tolist()]
-    titles, both = [*titles, *[""] * len(titles)], torch.cat([images, augmented]).cpu()
-    save_figure(draw_grid(both, titles, "Training images; below, as the network gets them"), "samples", args)
-
-
 def draw_results(run, predictions, test_set, args):
     """curves.png, confusion.png and mistakes.png, as far as the run has come."""
     if not (run["history"] and HAS_MATPLOTLIB and is_main_process()):
         return
     from matplotlib.figure import Figure
 
-    history, losses, name = run["history"], run["losses"], args.evaluated_on
-    epochs, steps = range(1, len(history) + 1), losses[-1][0] / len(history)
-    figure = Figure(figsize=(9, 3.6), layout="constrained", dpi=110)
+    history, losses, epochs = run["history"], run["losses"], range(1, len(run["history"]) + 1)
+    figure, steps = Figure(figsize=(9, 3.6), layout="constrained", dpi=110), losses[-1][0] / len(history)
     left, right = figure.subplots(1, 2)
     left.plot([step / steps for step, _ in losses], [loss for _, loss in losses], "0.75", label="training")
     for axes, what, unit in (left, "loss", "cross-entropy, nats"), (right, "accuracy", "fraction of images"):
-        axes.plot(epochs, [row[f"train_{what}"] for row in history], ".-", label="training, mean of epoch")
-        axes.plot(epochs, [row[f"test_{what}"] for row in history], ".-", label=f"{name}, after epoch")
+        for part, label in (
+            ("train", "training, mean of epoch"),
+            ("test", f"{args.evaluated_on}, after epoch"),
+        ):
+            axes.plot(epochs, [row[f"{part}_{what}"] for row in history], ".-", label=label)
         axes.set(title=what.capitalize(), xlabel="epoch", ylabel=unit)
         axes.legend()
     save_figure(figure, "curves", args)
@@ -1061,18 +971,18 @@ def draw_results(run, predictions, test_set, args):
     names = [printable(name)[:15] for name in test_set.spec.classes]
     n, every = len(names), math.ceil(len(names) / 40)  # more names would overlap
     confusion = torch.zeros(n, n).index_put_((labels, predicted), torch.ones(len(labels)), accumulate=True)
+    share = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
     figure = Figure(figsize=(4 + min(0.4 * n, 11), 3 + min(0.4 * n, 11)), layout="constrained", dpi=110)
     axes = figure.subplots()
-    share = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
     image = axes.imshow(share.numpy(), cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(image, label="fraction of the true class", shrink=0.8)
     axes.set_xticks(range(0, n, every), names[::every], size=8, rotation=90, parse_math=False)
     axes.set_yticks(range(0, n, every), names[::every], size=8, parse_math=False)
-    title = f"{name.capitalize()} accuracy {(predicted == labels).double().mean():.4f}"
+    title = f"{args.evaluated_on.capitalize()} accuracy {history[-1]['test_accuracy']:.4f}"
     axes.set(xlabel="predicted class", ylabel="true class", title=title)
     save_figure(figure, "confusion", args)
     if mistakes:
-        images = test_set[torch.tensor(mistakes[:32], device=test_set.labels.device)][0].cpu()
+        images = test_set[torch.tensor(mistakes[:32])][0].cpu()
         titles = [f"{names[predicted[i]]}\n{probability[i]:.2f}\n({names[labels[i]]})" for i in mistakes[:32]]
         heading = "Most confident mistakes: predicted class, probability, (true class)"
         save_figure(draw_grid(images, titles, heading), "mistakes", args)

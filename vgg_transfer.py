@@ -1,19 +1,16 @@
 """VGG16 with what it learnt from ImageNet's 1.2 million photos, made to tell other classes apart.
 
 python vgg_transfer.py --data my_photos/ --freeze      # train a new last layer alone: start here
-python vgg_transfer.py --data my_photos/               # train all of it
+python vgg_transfer.py --data my_photos/               # train all of it; photos are 224x224 without --size
 python vgg_transfer.py --head add --freeze             # a layer more, behind ImageNet's 1000 classes
 python vgg_transfer.py --weights runs/a/best.pt        # from a VGG16 of your own to other classes
 python vgg_transfer.py --weights none --data drawn     # no download: from random parameters
-
-Without --size, images from files are prepared as for ImageNet, 224x224; those of other data sets are 32x32.
 """
 
-import tempfile
+import copy
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 import torchvision
 from torch import nn
@@ -21,7 +18,7 @@ from torchvision.models import VGG16_Weights
 
 import common
 
-IMAGENET = VGG16_Weights.IMAGENET1K_V1  # which images they expect, and where they are
+IMAGENET = VGG16_Weights.IMAGENET1K_V1  # where its parameters are, and which images they expect
 TUNED = dict(batch_size=64, lr=0.01)
 
 
@@ -44,62 +41,45 @@ class VGG(nn.Module):
         return self.head(x if x.ndim == 2 else self.backbone(x))  # 2: from `cache_features`
 
 
-class CachedFeatures(common.ImageDataset):
-    """Images with the features that a frozen backbone has of them: a batch is features, float32 (B, F)."""
-
-    def __init__(self, dataset, features):
-        super().__init__(dataset.images, dataset.labels, dataset.spec)
-        self.features, self.normalize = features, nn.Identity()
-
-    def batches(self, indices, args):
-        return ((self.features[batch], self.labels[batch.to(self.labels.device)]) for batch in indices)
-
-
 @torch.no_grad()
 def cache_features(model, dataset, args):
-    """Compute the features of all images once, into memory, or into a file in the run folder, which goes with
-    the process; each of several processes computes its part."""
+    """The data set with the features of all images, computed once, in its batches: float32 (B, F)."""
     model.to(args.device).eval()  # without dropout
-    shape = len(dataset), model.head.in_features
-    if 4 * shape[0] * shape[1] <= common.IN_MEMORY:
-        features = torch.zeros(shape)
-    else:
-        Path(args.out).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=args.out) as file:
-            features = torch.from_numpy(np.memmap(file, np.float32, "w+", shape=shape))
+    features, cached = torch.zeros(len(dataset), model.head.in_features), copy.copy(dataset)
     indices = common.split_batches(torch.arange(len(dataset)), max(8, 2**16 // dataset.spec.size**2))
     batches = common.load_batches(dataset, indices, args)
-    bar = common.progress_bar(batches, "frozen features", len(indices), args)
-    for part, (images, _) in zip(indices, bar, strict=True):
+    batches = common.progress_bar(batches, "features", len(indices), args)
+    for part, (images, _) in zip(indices, batches, strict=True):
         with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp):
             features[part] = model.backbone(images).float().cpu()
-    return CachedFeatures(dataset, common.all_reduce(features))
+    common.all_reduce(features)  # of which each process has computed its part
+    cached.normalize = nn.Identity()
+    cached.batches = lambda indices: ((features[batch], dataset.labels[batch]) for batch in indices)
+    return cached
 
 
 def read_weights(args):
-    """The state_dict that `--weights` names, or None, and the mean and std that its images had."""
-    if args.checkpoint:  # which has them all
-        return None, args.checkpoint["spec"]["mean"], args.checkpoint["spec"]["std"]
-    if args.weights == "none":
-        return None, [0.5] * 3, [0.25] * 3
-    if args.weights != "imagenet":
-        state = common.load_checkpoint(args.weights, any_format=True)
-        if isinstance(state, dict) and state.get("format") == common.FORMAT:
-            return state["model"], state["spec"]["mean"], state["spec"]["std"]
-        return state, IMAGENET.transforms().mean, IMAGENET.transforms().std
-    try:
-        state = IMAGENET.get_state_dict(check_hash=True)  # from torchvision's cache, or downloaded to it
-    except Exception as error:  # no network, or half a file in the cache
-        cache = Path(torch.hub.get_dir(), "checkpoints")
-        ways = f"put the whole file {IMAGENET.url} into {cache}, or use --weights none"
-        raise common.UserError(f"no ImageNet weights ({error}): {ways}") from None
-    return state, IMAGENET.transforms().mean, IMAGENET.transforms().std
+    """The state_dict to begin with, or None, and the mean and std that its images had."""
+    imagenet, file = IMAGENET.transforms(), args.checkpoint
+    if args.weights == "none" and not file:
+        return None, 0.5, 0.25
+    if args.weights == "imagenet" and not file:
+        try:
+            state = IMAGENET.get_state_dict(check_hash=True)  # from torchvision's cache, or downloaded to it
+        except Exception as error:  # no network, or half a file in the cache
+            ways = f"put {IMAGENET.url} into {torch.hub.get_dir()}/checkpoints, or use --weights none"
+            raise common.UserError(f"no ImageNet weights ({error}): {ways}") from None
+        return state, imagenet.mean, imagenet.std
+    file = file or common.load_checkpoint(args.weights, any_format=True)
+    if isinstance(file, dict) and file.get("format") == common.FORMAT:
+        return file["model"], file["spec"]["mean"], file["spec"]["std"]
+    return file, imagenet.mean, imagenet.std
 
 
 def load_backbone(model, state, weights):
     """Put a VGG16's parameters into the network; its head stays new."""
-    state = state if isinstance(state, dict) else {}
-    state = {str(name).removeprefix("module."): value for name, value in state.items()}  # DataParallel's
+    state = state.items() if isinstance(state, dict) else ()
+    state = {str(name).removeprefix("module."): value for name, value in state}  # DataParallel's
     own = {name: value for name, value in model.state_dict().items() if not name.startswith("head.")}
     for name, value in own.items():
         if getattr(state.get(name), "shape", None) != value.shape:
@@ -132,23 +112,18 @@ def main(argv=None):
 
     torch.manual_seed(args.seed)
     model = build_model(train_set.spec, args)
-    if args.checkpoint:  # before the features are computed: they are of the backbone that was trained with
-        common.load_parameters(model, args.checkpoint)
-    elif state is not None:
+    if state is not None:
         load_backbone(model, state, args.weights)
     del state
     loss_fn = nn.CrossEntropyLoss()
     # What is frozen gets no gradient, and the optimizer leaves it as it is.
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, nesterov=args.tuned)
-    scheduler = augment = None
-    if args.tuned:
-        # Stepped after every batch; a scheduler of torch.optim is stepped as its documentation says.
-        scheduler = common.one_cycle(optimizer, train_set, args)
+    # Stepped after every batch; a scheduler of torch.optim is stepped as its documentation says.
+    scheduler, augment = common.one_cycle(optimizer, train_set, args) if args.tuned else None, None
     if args.freeze:
         train_set, test_set = (cache_features(model, dataset, args) for dataset in (train_set, test_set))
     elif args.tuned:
         augment = partial(common.random_flip_and_crop, padding=args.size // 16, flip=args.data != "drawn")
-
     return common.fit(model, train_set, test_set, loss_fn, optimizer, args, scheduler, augment)
 
 

@@ -167,8 +167,8 @@ def test_files_are_resized_to_size_whatever_they_are(tmp_path):
         ("file,label\nmissing.png,a\n", "missing.png,a"),
         ("file\nx.png\n", "in the row x.png"),
         ("x.png,a\nx.png,b\n", "needs a header"),
-        ("", "needs a header"),
-        ("file,label\n", "a row for each image"),
+        ("", "no CSV file in UTF-8 with a header"),
+        ("file,label\n", "0 classes"),
         ("file,label\nx.png,a\n", "1 classes"),
         ("file,label\nx\u2028y.png,a\n", "x\u2028y.png,a"),
     ],
@@ -328,8 +328,6 @@ def test_batch_normalization_leaves_a_last_batch_of_one_image_out(tmp_path, digi
     make = lambda: network(nn.BatchNorm1d(10))  # noqa: E731
     history, _, _ = train(tmp_path, subset(digits[1], 33), "a", 2, model=make)
     assert len(history) == 2
-    with pytest.raises(common.UserError, match="larger --batch-size"):
-        common.shuffle(digits[1], make(), flags(batch_size=1), 1)
 
 
 def test_smoothed_labels_do_not_show_in_the_test_loss(digits):
@@ -435,8 +433,6 @@ def test_no_mirror_and_a_folder_that_is_not_there_are_errors(tmp_path, monkeypat
         common.load_data(flags(data=tmp_path / "mistyped"), "CIFAR10")
     (tmp_path / "loose").mkdir()
     cv2.imwrite(str(tmp_path / "loose/x.png"), np.zeros((9, 9), np.uint8))
-    with pytest.raises(common.UserError, match="torchvision has no data set Nonsense"):
-        common.load_data(flags(data=tmp_path), "Nonsense")
     with pytest.raises(common.UserError, match="loose has images, but no train/<class>/"):
         common.load_data(flags(data=tmp_path / "loose"), "CIFAR10")
 
@@ -555,9 +551,8 @@ def test_the_real_data_sets_are_read_as_torchvision_reads_them(tmp_path):
 def test_each_process_of_a_machine_gets_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setattr(common, "LOCAL_WORLD_SIZE", 2)
     assert common.pick_device("auto") == common.pick_device("cuda") == torch.device("cuda:1")
     assert common.pick_device("cpu") == CPU
-    monkeypatch.setattr(common, "LOCAL_WORLD_SIZE", 3)
-    with pytest.raises(common.UserError, match="this machine has cuda:0, cuda:1, cpu, for 3 processes"):
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(common.UserError, match="cuda:2 is not there: this machine has cuda:0, cuda:1, cpu"):
         common.pick_device("auto")

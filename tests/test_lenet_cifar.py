@@ -132,7 +132,7 @@ def test_resume_asks_for_more_epochs_or_says_why_not(tmp_path, folder):
     one_error_line(err, "classes", "ball", "'9'")
     run(SCRIPT, *args, "--tuned", "--out", "t", cwd=tmp_path)
     _, err = run(SCRIPT, "--resume", "--epochs", 2, "--out", "t", cwd=tmp_path, status=2)
-    one_error_line(err, "epochs from 1 to 2")
+    one_error_line(err, "epochs of the schedule from 1 to 2")
     out, _ = run(SCRIPT, "--resume", "--out", "t", cwd=tmp_path)  # complete: only the report is missing
     assert "best epoch: 1" in out
 
@@ -278,7 +278,7 @@ def test_bad_folders_are_one_line_and_status_2(tmp_path, folder):
     mine = tmp_path / "mine"
     shutil.copytree(folder, mine)
     shutil.move(mine / "test/ball", mine / "test/balls")
-    refused("mine", "'ball'", "'balls'")
+    refused("mine", "'balls'", "test images only")
     shutil.move(mine / "test/balls", mine / "test/ball")
     for i in range(6):
         (mine / f"train/ball/bad{i}.png").write_text("no picture")
@@ -297,7 +297,7 @@ def test_bad_folders_are_one_line_and_status_2(tmp_path, folder):
     (tmp_path / "loose").mkdir()
     shutil.copy(folder / "train/ball/0.png", tmp_path / "loose")
     refused("loose", "train/<class>/")
-    refused("loose/0.png", "loose/0.png is a file")
+    refused("loose/0.png", "no folder loose/0.png")
     (tmp_path / "loose").rename(tmp_path / "train")
     refused(".", "no images in train/<class>/")
 

@@ -41,7 +41,7 @@ def test_no_tensorboard_and_an_activation_can_be_asked_for_and_predicted_with(tm
 
 
 def without_tensorboard():
-    sys.modules["torch.utils.tensorboard"] = None
+    sys.modules["tensorboard"] = None
     find = importlib.util.find_spec
     importlib.util.find_spec = lambda name, *more: None if name == "tensorboard" else find(name, *more)
 
