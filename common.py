@@ -21,6 +21,7 @@ import socket
 import sys
 import time
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -74,8 +75,14 @@ class UserError(Exception):
 
 
 def cli(main: Callable[[], object]) -> None:
-    """Run a script's `main()`. Exits with status 2 after a UserError, with 130 after Ctrl-C."""
-    store, status = None, 2
+    """Run a script's `main()`. Exits with status 2 after a UserError, 130 after Ctrl-C, 143 after SIGTERM."""
+    store, status, interrupted = None, 2, [128 + signal.SIGINT]
+
+    def terminate(number, frame):  # schedulers send SIGTERM
+        interrupted.append(128 + number)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, terminate)
     try:
         store = init_distributed()
         main()
@@ -85,7 +92,7 @@ def cli(main: Callable[[], object]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except KeyboardInterrupt as stop:
-        text, status = f"stopped{stop}", 130
+        text, status = f"stopped{stop}", interrupted[-1]
     except ModuleNotFoundError as error:
         text = f"error: {error}: pip install {error.name}"
     except (UserError, OSError, MemoryError, RuntimeError) as error:
@@ -277,6 +284,8 @@ class Spec:
 
     def __post_init__(self):
         self.mean, self.std = (np.asarray(value, float).tolist() for value in (self.mean, self.std))
+        if not 1 <= self.size <= 1024:
+            raise UserError(f"--size {self.size} is not from 1 to 1024")
 
 
 def decode(file: str | Path) -> np.ndarray | None:
@@ -658,12 +667,11 @@ def fit(model, train_set, test_set, loss_fn, optimizer, args, scheduler=None, au
             if after_epoch and after_epoch(row):
                 break
     except (KeyboardInterrupt, UserError) as stop:
-        draw_results(run, predictions, test_set, args)
-        saved = (
-            f"epoch {len(run['history'])} is saved in {args.out}"
-            if run["history"]
-            else "no epoch is complete"
-        )
+        saved = "no epoch is complete"
+        with contextlib.suppress(OSError):  # the folder may be gone, or read-only now
+            draw_results(run, predictions, test_set, args)
+        if Path(args.out, "last.pt").exists() and run["history"]:
+            saved = f"epoch {len(run['history'])} is saved in {args.out}"
         if isinstance(stop, KeyboardInterrupt):
             command = ["python", os.path.relpath(args.recipe), "--resume", "--out", args.out]
             saved += f", continue with {shlex.join(command)}"
@@ -672,6 +680,7 @@ def fit(model, train_set, test_set, loss_fn, optimizer, args, scheduler=None, au
         _, predictions = evaluate(model, test_set, args)
     draw_results(run, predictions, test_set, args)
     report(run["history"], predictions, test_set, args)
+    Path(args.out, "lock").unlink(missing_ok=True)
     return run["history"]
 
 
@@ -762,19 +771,38 @@ def open_run(model, train_set, test_set, augment, args):
     args.checkpoint = None  # its memory is needed
     if not is_main_process():
         return
-    try:
-        if not resumed and any(out.glob("*.pt")):
-            aside = next(path for n in range(1, 10**6) if not (path := Path(f"{out}-{n}")).exists())
-            out.rename(aside)
-            print(f"{out} had an earlier run, which is in {aside} now")
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to {out} ({error.strerror}): name another --out") from None
+    args.lock = lock_folder(out)
+    if not resumed and any(out.glob("*.pt")):
+        aside = next(path for n in range(1, 10**6) if not (path := Path(f"{out}-{n}")).exists())
+        out.rename(aside)
+        print(f"{out} had an earlier run, which is in {aside} now")
+        args.lock = lock_folder(out)
     if args.tensorboard:
         from torch.utils.tensorboard import SummaryWriter
 
         args.writer = SummaryWriter(out)
     describe_run(model, train_set, test_set, augment, args)
+
+
+def lock_folder(folder):
+    """Make a run folder, in which no other process may train until the returned file is closed."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / "lock", "a+")  # noqa: SIM115
+    except OSError as error:
+        raise UserError(f"cannot write to {folder} ({error.strerror}): name another --out") from None
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system unlocks it when this process ends
+    except BlockingIOError:
+        other = (folder / "lock").read_text()
+        raise UserError(f"process {other} trains in {folder}: name another --out") from None
+    except (ImportError, OSError):
+        pass  # Windows, and some network file systems
+    file.truncate(0)
+    print(os.getpid(), end="", file=file, flush=True)
+    return file
 
 
 def start_or_resume(model, optimizer, scheduler, train_set, args):
@@ -845,17 +873,39 @@ def atomic_write(path: Path):
 def load_checkpoint(path: str | Path, any_format: bool = False) -> dict:
     """A checkpoint of these recipes, or what else `torch.save` wrote, on the CPU. Nothing in the file is
     executed. Raises UserError where it is damaged, has code in it, or another format."""
+    if not Path(path).is_file():
+        raise UserError(f"no file {path}")
+    problem = "it is damaged, or no checkpoint, or a pickled model (save its state_dict() instead)"
     try:
+        if zipfile.is_zipfile(path) or not any_format:
+            with zipfile.ZipFile(path) as file:
+                compressed = sum(part.file_size for part in file.infolist()) > Path(path).stat().st_size
+                if compressed or file.testzip():  # which reads all, for the checksums
+                    raise ValueError
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
+        if any_format:
+            return checkpoint
+        problem = f"it is not of this version of the recipes, {FORMAT}"
+        if checkpoint["format"] != FORMAT:
+            raise ValueError
+        problem = "not all in it is what a run writes, and finite"
+        spec, kinds = (
+            Spec(**checkpoint["spec"]),
+            {"recipe": str, "settings": dict, "setup": dict, "losses": list},
+        )
+        image = torch.from_numpy(prepare(np.zeros((9, 9, 3), np.uint8), spec)).movedim(-1, 0)
+        whole = Normalize(spec)(image).isfinite().all() and all(
+            isinstance(name, str) for name in spec.classes
+        )
+        whole &= all(isinstance(checkpoint[name], kind) for name, kind in kinds.items())
+        whole &= all(math.isfinite(row[name]) for row in checkpoint["history"] for name in COLUMNS)
+        for value in checkpoint["model"].values():
+            whole &= value.numel() <= value.untyped_storage().nbytes() and value.isfinite().all()
+        if not whole:
+            raise ValueError
+        return checkpoint
     except Exception:  # damaged bytes can raise anything in there
-        ways = "it is damaged, or no checkpoint, or a pickled model (save its state_dict() instead)"
-        raise UserError(f"{path} is refused: {ways}") from None
-    found = checkpoint.get("format") if isinstance(checkpoint, dict) else type(checkpoint).__name__
-    if found != FORMAT and not any_format:
-        raise UserError(f"{path} is no checkpoint of this version of the recipes: {found}, not {FORMAT}")
-    return checkpoint
+        raise UserError(f"{path} is refused: {problem}") from None
 
 
 def load_parameters(model, checkpoint):

@@ -52,7 +52,7 @@ def load_model(path, recipe=None, device="cpu"):
     module = import_recipe(checkpoint["recipe"], recipe)
     try:
         network = module.build_model(spec, argparse.Namespace(**checkpoint["settings"]))
-    except (AttributeError, KeyError) as error:  # a flag that its run had not
+    except Exception as error:  # settings that it has not, or cannot have
         made_by = f"{path} was made by {checkpoint['recipe']}"
         raise common.UserError(f"{made_by}, and not by this --recipe: {error}") from None
     common.load_parameters(network, checkpoint)
@@ -82,9 +82,10 @@ def find_files(paths):
 
 
 @torch.inference_mode()
-def classify(model, spec, files, device="cpu", batch_size=64):
+def classify(model, spec, files, device="cpu"):
     """Yield (file, uint8 image (C, H, W), probabilities (classes,)) of each file, (file, None, None) where
     it cannot be read. Reads a batch at a time: memory does not grow with the number of files."""
+    batch_size = min(64, max(1, 2**22 // spec.size**2))
     for start in range(0, len(files), batch_size):
         some = files[start : start + batch_size]
         images = list(common.read_images(some, spec))

@@ -235,7 +235,7 @@ def test_other_weights_are_refused_in_one_line(tmp_path, folder):
         "linear.pt": "features.0.weight",
         "number.pt": "features.0",
         "list.pt": "features.0",
-        "no.pt": "No such file",
+        "no.pt": "no file",
     }
     for name, part in wrong.items():
         _, err = run(SCRIPT, *args, "--weights", name, cwd=tmp_path, status=2, before=first_blocks)
