@@ -290,6 +290,8 @@ class Spec:
 
 def decode(file: str | Path) -> np.ndarray | None:
     """An image file as uint8 RGB (H, W, 3), rotated as EXIF says, on white; None where it is unreadable."""
+    if not Path(file).is_file():  # a named pipe would have us wait
+        return None
     try:
         data = np.fromfile(file, np.uint8)
         image = cv2.imdecode(data, cv2.IMREAD_COLOR_RGB)  # without _RGB, OpenCV gives BGR
@@ -341,10 +343,11 @@ class ImageDataset(Dataset):
     images: uint8 tensor (N, H, W, C), H = W = spec.size; or N sources, each read when it is asked for.
     labels: int64 (N,), indices into spec.classes."""
 
-    def __init__(self, images: torch.Tensor | Sequence, labels, spec: Spec):
-        self.images, self.labels, self.spec = images, torch.as_tensor(labels), spec
+    def __init__(self, images: torch.Tensor | Sequence, labels, spec: Spec, skip_bad: bool = False):
+        self.images, self.labels, self.spec, self.skip_bad = images, torch.as_tensor(labels), spec, skip_bad
         self.normalize, self.in_memory = Normalize(spec), isinstance(images, torch.Tensor)
         self.indices = torch.arange(len(self.labels), device=self.labels.device)
+        self.load = self.__getitem__  # what `load_batches` calls
 
     def __len__(self):
         return len(self.labels)
@@ -355,20 +358,26 @@ class ImageDataset(Dataset):
         if self.in_memory:
             images = self.images.index_select(0, index.flatten())  # seven times as fast as images[index]
         else:
-            sources = [self.images[i] for i in index.flatten().tolist()]
-            images = list(read_images(sources, self.spec))
-            if bad := [source for source, image in zip(sources, images, strict=True) if image is None]:
-                raise UserError(f"{bad[0]} cannot be read: replace it")
+            rows = index.flatten().tolist()
+            images = list(read_images([self.images[i] for i in rows], self.spec))
+            if bad := {i for i, image in zip(rows, images, strict=True) if image is None}:
+                self.replace(bad, [i for i in rows if i not in bad])
+                return self[index]
             images = torch.from_numpy(np.stack(images))
         images = images.view(*index.shape, *images.shape[1:])
         return images.movedim(-1, -3), self.labels[index]  # (..., H, W, C) -> (..., C, H, W), a view
 
+    def replace(self, bad, good):
+        """With `--skip-bad`, have one of these good images take the place of bad ones from now on."""
+        names = ", ".join(str(self.images[i]) for i in bad)
+        if not (good and self.skip_bad):
+            raise UserError(f"{names} cannot be read: replace it, or add --skip-bad")
+        print(f"{names} cannot be read: another image takes its place")
+        for i in bad:
+            self.images[i], self.labels[i] = self.images[good[0]], self.labels[good[0]]
+
     def __getitems__(self, indices):  # for a DataLoader: one index operation a batch
         return list(zip(*self[indices], strict=True))
-
-    def batches(self, indices):
-        """Images and labels at each of these tensors of indices."""
-        return (self[batch] for batch in indices)
 
 
 # --------------------------------------------------------------------------------------------- data sets
@@ -519,13 +528,15 @@ def load_images(pairs, spec, args):
     sources, labels = [source for source, _ in pairs], torch.tensor([label for _, label in pairs])
     shape = (len(pairs), spec.size, spec.size, spec.channels)
     if math.prod(shape) > IN_MEMORY:
-        return ImageDataset(sources, labels, spec)
+        return ImageDataset(sources, labels, spec, args.skip_bad)
     images, bad = torch.from_numpy(np.zeros(shape, np.uint8)), []  # NumPy asks for huge pages
-    for i, image in enumerate(progress_bar(read_images(sources, spec), "reading", len(pairs), args)):
-        if image is None:
-            bad.append(i)
-        else:
-            images[i] = torch.from_numpy(image)
+    with progress_bar("reading", len(pairs), args) as bar:
+        for i, image in enumerate(read_images(sources, spec)):
+            bar.update()
+            if image is None:
+                bad.append(i)
+            else:
+                images[i] = torch.from_numpy(image)
     if bad:
         if not args.skip_bad or len(bad) == len(pairs):
             names = ", ".join(str(sources[i]) for i in bad[:5])
@@ -591,50 +602,45 @@ def augment_images(augment, images):
     return augment(images) if augment else images
 
 
-def load_batches(dataset, indices, args, augment=None):
-    """Yield images, float32 (B, C, H, W), and labels, int64 (B,), on the device for each of these indices."""
-    normalize = dataset.normalize.to(args.device)
-    for images, labels in dataset.batches(indices):
-        images = augment_images(augment, images.to(args.device, non_blocking=True))
-        yield normalize(images), labels.to(args.device, non_blocking=True)
+def load_batches(dataset, order, batch_size, args, title, augment=None, metrics=None):
+    """Yield the batches of images in this order, int64 (N,), or of several processes this one's part of each:
+    indices, int64 (B,), images, float32 (B, C, H, W), and labels, int64 (B,), on the device; with a bar."""
+    normalize, shown = dataset.normalize.to(args.device), time.monotonic()
+    with progress_bar(title, math.ceil(len(order) / batch_size), args) as bar:
+        for batch in order.split(batch_size):
+            indices = batch.tensor_split(get_world_size())[get_rank()]
+            images, labels = (value.to(args.device, non_blocking=True) for value in dataset.load(indices))
+            yield indices, normalize(augment_images(augment, images)), labels
+            bar.update()
+            if metrics and not bar.disable and time.monotonic() - shown > 0.5:
+                bar.set_postfix_str("loss {:.2f}, accuracy {:.2f}".format(*metrics.compute()))
+                shown = time.monotonic()
 
 
-def split_batches(order, batch_size):
-    """This process's part of each batch, for indices (N,) in this order."""
-    return [batch.tensor_split(get_world_size())[get_rank()] for batch in order.split(batch_size)]
-
-
-def progress_bar(items, title, total, args, metrics=None):
-    """Yield the items, with a tqdm bar where stderr is a terminal, and the metrics in it twice a second."""
-    columns, shown = shutil.get_terminal_size().columns, time.monotonic()
+def progress_bar(title, total, args):
+    """A tqdm bar, shown where stderr is a terminal."""
+    columns = shutil.get_terminal_size().columns
     form = "{desc} |{bar}| {percentage:3.0f}%" + ", {remaining} left" * (columns > 70) + "{postfix}"
     hidden = True if args.quiet or not is_main_process() else None  # None: unless stderr is a terminal
     options = {"ncols": columns, "nrows": 24, "disable": hidden, "leave": False, "bar_format": form}
-    with tqdm(total=total, desc=title, **options) as bar:
-        for item in items:
-            yield item
-            bar.update()
-            if metrics and time.monotonic() - shown > 0.5:
-                bar.set_postfix_str("loss {:.2f}, accuracy {:.2f}".format(*metrics.compute()))
-                shown = time.monotonic()
+    return tqdm(total=total, desc=title, **options)
 
 
 class Metrics:
     """Loss and accuracy over the images so far. Sums stay on the device: to read them is to wait for it."""
 
-    def __init__(self, steps: int, device: torch.device):
-        self.sums, self.step = torch.zeros(steps, 3, device=device), 0  # of loss, right predictions, images
+    def __init__(self):
+        self.sums = []  # of each step: loss, right predictions, images
 
     def update(self, loss, logits, labels):
         """Count a batch: its mean loss, its logits (B, classes) and labels (B,)."""
-        if len(labels):  # one of several processes may have no image of a small last batch
-            count, correct = torch.full_like(loss, len(labels)), (logits.argmax(1) == labels).sum()
-            self.sums[self.step] = torch.stack([loss.detach() * count, correct, count])
-        self.step += 1
+        count, correct = torch.full_like(loss, len(labels)), (logits.argmax(1) == labels).sum()
+        total = loss.detach() * count if len(labels) else count  # of several processes, one may have none
+        self.sums.append(torch.stack([total, correct, count]))
 
-    def compute(self):
+    def compute(self, reduce=lambda sums: sums):
         """Mean loss, accuracy, and the sums, float64 (steps, 3)."""
-        sums = self.sums.cpu().double()
+        sums = reduce(torch.stack(self.sums)).cpu().double()
         loss, correct, images = sums.sum(0).tolist()
         return loss / max(1, images), correct / max(1, images), sums
 
@@ -667,7 +673,7 @@ def fit(model, train_set, test_set, loss_fn, optimizer, args, scheduler=None, au
             if after_epoch and after_epoch(row):
                 break
     except (KeyboardInterrupt, UserError) as stop:
-        saved = "no epoch is complete"
+        saved = f"no epoch is saved in {args.out}"
         with contextlib.suppress(OSError):  # the folder may be gone, or read-only now
             draw_results(run, predictions, test_set, args)
         if Path(args.out, "last.pt").exists() and run["history"]:
@@ -688,10 +694,9 @@ def train_one_epoch(model, dataset, loss_fn, optimizer, args, epoch, scheduler=N
     """Train on every image once; returns its part of the row of history.csv, and the rows of loss.csv: the
     last step of each 1/50 of the epoch, and the mean loss in it. For the arguments see `fit`."""
     start, lr = time.perf_counter(), float(optimizer.param_groups[0]["lr"])
-    indices = split_batches(shuffle(len(dataset), args, epoch), args.batch_size)
-    batches, metrics = load_batches(dataset, indices, args, augment), Metrics(len(indices), args.device)
+    order, title, metrics = shuffle(len(dataset), args, epoch), f"epoch {epoch}/{args.epochs}", Metrics()
     model.train()  # dropout and batch normalization work differently in training
-    for images, labels in progress_bar(batches, f"epoch {epoch}/{args.epochs}", len(indices), args, metrics):
+    for _, images, labels in load_batches(dataset, order, args.batch_size, args, title, augment, metrics):
         with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp):
             logits = model(images)
             loss = loss_fn(logits, labels)
@@ -700,8 +705,7 @@ def train_one_epoch(model, dataset, loss_fn, optimizer, args, epoch, scheduler=N
         optimizer.step()
         step_scheduler(scheduler)
         metrics.update(loss, logits, labels)
-    all_reduce(metrics.sums)
-    loss, accuracy, sums = metrics.compute()
+    loss, accuracy, sums = metrics.compute(all_reduce)
     seconds, step, losses = time.perf_counter() - start, (epoch - 1) * len(sums), []
     for part in sums.tensor_split(min(50, len(sums))):
         step += len(part)
@@ -716,15 +720,14 @@ def evaluate(model, dataset, args):
     """Classify every image once; returns its part of the row of history.csv, and what was predicted: classes,
     int64 (N,), their probabilities, float32 (N,), and the indices of the mistakes, the surest ones first."""
     start, labels = time.perf_counter(), dataset.labels.cpu()
-    indices = split_batches(torch.arange(len(dataset)), max(args.batch_size, 2**18 // dataset.spec.size**2))
-    batches = progress_bar(load_batches(dataset, indices, args), "evaluation", len(indices), args)
+    order, batch_size = torch.arange(len(dataset)), max(args.batch_size, 2**18 // dataset.spec.size**2)
     results = torch.zeros(3, len(dataset), device=args.device)
     model.eval()
-    for part, (images, targets) in zip(indices, batches, strict=True):
+    for indices, images, targets in load_batches(dataset, order, batch_size, args, "evaluation"):
         with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp):
             logits = model(images).float()
         loss = F.cross_entropy(logits, targets, reduction="none")
-        results[:, part] = torch.stack([loss, logits.argmax(1), logits.softmax(1).amax(1)])
+        results[:, indices] = torch.stack([loss, logits.argmax(1), logits.softmax(1).amax(1)])
     loss, predicted, probability = all_reduce(results).cpu()
     mistakes = (predicted != labels).nonzero()[:, 0]
     mistakes = mistakes[probability[mistakes].argsort(descending=True)].tolist()

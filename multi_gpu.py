@@ -48,9 +48,10 @@ def demo():
     if common.get_world_size() == 1 and torch.cuda.device_count() > 1:
         model = nn.DataParallel(model)
     rows = torch.randn(100, 5, device=device)
-    for batch in common.split_batches(torch.arange(100), 30):
-        output = model(rows[batch.to(device)])
-        print(f"outside: input {[len(batch), 5]}, output {list(output.shape)}", flush=True)
+    for batch in rows.split(30):
+        batch = batch.tensor_split(common.get_world_size())[common.get_rank()]
+        output = model(batch)
+        print(f"outside: input {list(batch.shape)}, output {list(output.shape)}", flush=True)
 
 
 def main():

@@ -46,15 +46,13 @@ def cache_features(model, dataset, args):
     """The data set with the features of all images, computed once, in its batches: float32 (B, F)."""
     model.to(args.device).eval()  # without dropout
     features, cached = torch.zeros(len(dataset), model.head.in_features), copy.copy(dataset)
-    indices = common.split_batches(torch.arange(len(dataset)), max(8, 2**16 // dataset.spec.size**2))
-    batches = common.load_batches(dataset, indices, args)
-    batches = common.progress_bar(batches, "features", len(indices), args)
-    for part, (images, _) in zip(indices, batches, strict=True):
+    order, batch_size = torch.arange(len(dataset)), max(8, 2**16 // dataset.spec.size**2)
+    for indices, images, _ in common.load_batches(dataset, order, batch_size, args, "frozen features"):
         with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp):
-            features[part] = model.backbone(images).float().cpu()
+            features[indices] = model.backbone(images).float().cpu()
     common.all_reduce(features)  # of which each process has computed its part
     cached.normalize = nn.Identity()
-    cached.batches = lambda indices: ((features[batch], dataset.labels[batch]) for batch in indices)
+    cached.load = lambda indices: (features[indices], dataset.labels[indices])
     return cached
 
 

@@ -117,18 +117,22 @@ def test_a_set_too_large_for_memory_streams_and_gives_the_same(folder, monkeypat
     monkeypatch.setattr(common, "IN_MEMORY", 0)
     streamed, _ = common.load_data(flags(data=folder), "CIFAR10")
     assert whole.in_memory and not streamed.in_memory
-    order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(0)).split(16)
-    both = zip(*(common.load_batches(part, order, flags()) for part in (whole, streamed)), strict=True)
-    for (images, labels), (same_images, same_labels) in both:
+    order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(0))
+    both = [common.load_batches(part, order, 16, flags(), "") for part in (whole, streamed)]
+    for (_, images, labels), (_, same_images, same_labels) in zip(*both, strict=True):
         assert torch.equal(images, same_images) and torch.equal(labels, same_labels)
     assert torch.equal(whole[5][0], streamed[5][0])
 
 
-def test_an_image_that_cannot_be_read_while_streaming_is_named_in_one_line(tmp_path, folder):
+def test_an_image_that_cannot_be_read_while_streaming_is_named_or_replaced(tmp_path, folder):
     shutil.copytree(folder, tmp_path / "mine")
     (tmp_path / "mine/train/ball/0.png").write_text("no image")
-    _, err = run("lenet_cifar.py", "--data", "mine", cwd=tmp_path, before=stream, status=2)
-    one_error_line(err, "mine/train/ball/0.png cannot be read", "no epoch is complete")
+    args = ("--data", "mine", "--epochs", 2)
+    _, err = run("lenet_cifar.py", *args, cwd=tmp_path, before=stream, status=2)
+    one_error_line(err, "mine/train/ball/0.png cannot be read", "no epoch is saved in")
+    out, _ = run("lenet_cifar.py", *args, "--skip-bad", cwd=tmp_path, before=stream)
+    assert out.count("mine/train/ball/0.png cannot be read: another image") == 1
+    assert common.load_checkpoint(tmp_path / "runs/lenet_cifar/last.pt")["history"][1]["epoch"] == 2
 
 
 def stream():

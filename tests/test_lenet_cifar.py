@@ -107,17 +107,31 @@ def test_a_run_killed_and_resumed_ends_as_the_unbroken_one(tmp_path, folder, fla
     assert_same_run(tmp_path / "unbroken", tmp_path / "broken")
 
 
-def test_ctrl_c_keeps_the_last_whole_epoch_and_says_how_to_go_on(tmp_path, folder):
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_and_sigterm_keep_the_last_whole_epoch_and_say_how_to_go_on(tmp_path, folder, number, status):
     args = ["--data", folder, "--epochs", 1000, "--batch-size", 2]
     process = start(SCRIPT, *args, cwd=tmp_path)
     while not (tmp_path / "runs/lenet_cifar/last.pt").exists():
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
+    _, err = run(SCRIPT, *args, cwd=tmp_path, status=2)  # a second run into the same folder
+    one_error_line(err, f"process {process.pid} trains in runs/lenet_cifar", "--out")
+    process.send_signal(number)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "Traceback" not in err and "--resume --out runs/lenet_cifar" in err
+    assert process.returncode == status
+    assert err.count("\n") == 1 and "--resume --out runs/lenet_cifar" in err
     assert load(tmp_path / "runs/lenet_cifar/last.pt")["history"]
     assert (tmp_path / "runs/lenet_cifar/curves.png").exists()
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_folder_that_goes_away_while_training_is_one_line_that_claims_nothing(tmp_path, folder):
+    process = start(SCRIPT, "--data", folder, "--epochs", 1000, "--batch-size", 2, cwd=tmp_path)
+    while not (tmp_path / "runs/lenet_cifar/last.pt").exists():
+        time.sleep(0.01)
+    (tmp_path / "runs").rename(tmp_path / "elsewhere")
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    one_error_line(err, "cannot write runs/lenet_cifar/", "no epoch is saved in")
 
 
 def test_resume_asks_for_more_epochs_or_says_why_not(tmp_path, folder):
