@@ -24,9 +24,7 @@ def stop(tensor):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    ("flags", "on_gpu"), [(["--tuned", "--amp"], True), (["--tuned", "--no-amp"], False)]
-)
+@pytest.mark.parametrize(("precision", "on_gpu"), [("--amp", True), ("--no-amp", False)])
 @pytest.mark.parametrize("recipe", common.RECIPES)
 def test_training_and_evaluation_mix_no_devices(tmp_path, monkeypatch, recipe, precision, on_gpu):
     argv = ["--data", "drawn", "--limit-batches", "1", "--batch-size", "4", "--quiet"]
