@@ -66,3 +66,9 @@ def test_the_pages_name_only_files_that_are_there():
     for page in PAGES:
         for target in re.findall(r"\]\(([^):]+)\)", page.read_text()):
             assert (page.parent / target).exists(), (page, target)
+
+
+def test_what_can_be_relied_on_is_held_by_the_tests_that_are_named():
+    named = re.findall(r"`(test_\w+)` \|", (ROOT / "docs/numbers.md").read_text())
+    tests = "".join(file.read_text() for file in (ROOT / "tests").glob("test_*.py"))
+    assert len(named) > 10 and all(f"def {name}(" in tests for name in named)
