@@ -156,13 +156,14 @@ class RecipeParser(ArgumentParser):
             if value is not None and not least <= value <= (1e38 if name == "lr" else 2**31 - 1):
                 raise UserError(f"--{name.replace('_', '-')} {value} is out of range: the least is {least}")
         args.device, args.evaluated_on = pick_device(args.device), "validation" if args.holdout else "test"
-        cpu, cuda = args.device.type == "cpu", args.device.type == "cuda"
-        if args.compile and cpu:
+        amx = args.device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16")
+        ampere = args.device.type == "cuda" and torch.cuda.get_device_capability(args.device) >= (8, 0)
+        if args.amp is None:  # by itself where bfloat16 is fast
+            args.amp = bool(args.tuned and (amx or ampere))
+        elif args.amp and not (amx or ampere):
+            print("--amp is slower than float32 on a CPU without AMX, and on a GPU from before Ampere")
+        if args.compile and args.device.type == "cpu":
             raise UserError("--compile is for GPUs: on a CPU these networks are slower with it")
-        if args.amp is None:  # by itself where bfloat16 is fast: on CPUs with AMX, on GPUs from Ampere on
-            fast = cpu and torch.cpu.get_capabilities().get("amx_bf16")
-            fast = fast or (cuda and torch.cuda.get_device_capability(args.device) >= (8, 0))
-            args.amp = bool(args.tuned and fast)
         settings = {name: value for name, value in vars(args).items() if name not in ("out", "resume")}
         args.settings = json.loads(json.dumps(settings, default=str))  # plain Python values
         args.recipe, args.checkpoint = self.file, checkpoint

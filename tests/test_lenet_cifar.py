@@ -187,7 +187,10 @@ def test_holdout_needs_no_test_set_and_says_what_it_tests_on(tmp_path, folder):
 
 
 def test_amp_and_tensorboard_run(tmp_path, folder):
-    run(SCRIPT, "--data", folder, "--epochs", 1, "--amp", "--tensorboard", cwd=tmp_path)
+    out, _ = run(SCRIPT, "--data", folder, "--epochs", 1, "--amp", "--tensorboard", cwd=tmp_path)
+    assert "in bfloat16" in out
+    amx = torch.cpu.get_capabilities().get("amx_bf16", False)
+    assert ("slower than float32 on a CPU" in out) != amx
     assert list((tmp_path / "runs/lenet_cifar").glob("events.out.tfevents*"))
 
 
