@@ -17,7 +17,7 @@ from torch import nn
 
 import common
 
-TUNED = dict(batch_size=64, lr=0.01)
+TUNED = dict(batch_size=64, lr=0.03)
 ACTIVATIONS = {"relu": nn.ReLU, "sigmoid": nn.Sigmoid, "tanh": nn.Tanh}
 
 
@@ -76,11 +76,12 @@ def main(argv=None):
 
     torch.manual_seed(args.seed)
     model = build_model(train_set.spec, args)
-    loss_fn = nn.CrossEntropyLoss()
+    loss_fn = nn.CrossEntropyLoss(label_smoothing=0.1 if args.tuned else 0.0)
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr)
     scheduler = augment = None
     if args.tuned:
-        optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, nesterov=True)
+        options = {"momentum": 0.9, "nesterov": True, "weight_decay": 0.0005}
+        optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, **options)
         # Stepped after every batch; a scheduler of torch.optim is stepped as its documentation says.
         scheduler = common.one_cycle(optimizer, train_set, args)
         flip = args.data != "drawn"  # a mirrored dog is a dog, a mirrored digit is none
