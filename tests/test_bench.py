@@ -1,0 +1,34 @@
+"""bench.py measures every part; how fast is for no test to say."""
+
+import json
+
+from conftest import run
+
+import common
+
+
+def few_digits():
+    """Fewer drawn images; the processes that bench.py starts have all of them."""
+    draw = common.draw_digits
+    common.draw_digits = lambda part, spec: draw("test", spec)
+
+
+def numbers(figures):
+    """All numbers in nested dicts."""
+    return [n for one in figures.values() for n in (numbers(one) if isinstance(one, dict) else [one])]
+
+
+def test_parts_are_measured_and_nothing_is_left(tmp_path):
+    tiny = ["--rounds", "0", "--batches", "1", "--growth", "5000", "--threads", "1", "--json", "speed.json"]
+    parts = ("training", "accuracy", "growth")  # the others take seconds to start processes
+    flags = ["lenet_cifar", *tiny, "--only", *parts, "--", "--data", "drawn"]
+    out, _ = run("bench.py", *flags, cwd=tmp_path, before=few_digits)
+    results = json.loads((tmp_path / "speed.json").read_text())
+    for part in ("training", "growth"):
+        assert min(numbers(results[part])) > 0, results[part]
+    assert "skipped" in str(results["accuracy"])
+    assert {"cpu", "cores", "threads", "torch", "torchvision", "cv2", "python", "date"} <= {
+        *results["machine"]
+    }
+    assert max(map(len, out.splitlines())) <= 80
+    assert {file.name for file in tmp_path.iterdir()} == {"speed.json", ".stdout", ".stderr"}
