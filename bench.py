@@ -1,7 +1,7 @@
 """How fast are the recipes on this machine? Needs the data sets in data/, or downloads them.
 
 python bench.py                                              # all three recipes
-python bench.py --quick --json speed.json                    # two minutes on two cores; figures as JSON
+python bench.py --quick --json speed.json                    # a few minutes on two cores; figures as JSON
 python bench.py mnist_cnn --only training -- --data drawn    # after --, flags of the recipe
 
 training    images a second. recipe: common.train_one_epoch at the source's settings. textbook: the same
