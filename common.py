@@ -28,7 +28,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 os.environ.setdefault("OPENCV_LOG_LEVEL", "OFF")  # a damaged file is reported once, by this module
-os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(2**28))  # what claims to have more is not decoded
+os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(2**27))  # what claims to have more is not decoded
 
 import numpy as np
 import torch
@@ -43,7 +43,9 @@ try:
 except ImportError as error:
     sys.exit(f"error: no OpenCV ({error}): apt-get install libgl1, or pip install opencv-python-headless")
 cv2.setNumThreads(0)  # of its own: images are decoded in our threads
-warnings.filterwarnings("ignore", "Detected pickle protocol|Glyph")  # an error, or a box, says enough
+warnings.filterwarnings(
+    "ignore", "Detected pickle|Validating sparse|Casting complex|Glyph"
+)  # what follows says enough
 with contextlib.suppress(AttributeError, OSError, TypeError):  # glibc: to keep freed memory for the next
     ctypes.CDLL(None).mallopt(-3, 2**25)  # step saves a seventh of it; M_MMAP_THRESHOLD, bytes,
     ctypes.CDLL(None).mallopt(-1, 2**30)  # and M_TRIM_THRESHOLD
@@ -293,11 +295,13 @@ def decode(file: str | Path) -> np.ndarray | None:
     try:
         data = np.fromfile(file, np.uint8)
         image = cv2.imdecode(data, cv2.IMREAD_COLOR_RGB)  # without _RGB, OpenCV gives BGR
-        rgba = cv2.imdecode(data, cv2.IMREAD_UNCHANGED) if data[0] != 0xFF else None  # a JPEG has no alpha
+        if image is None or data[0] == 0xFF or image.size > 2**26:  # a JPEG has no alpha channel
+            return image
+        rgba = cv2.imdecode(data, cv2.IMREAD_UNCHANGED)
     except (OSError, IndexError, cv2.error):
         return None
-    if image is not None and rgba is not None and rgba.shape[2:] == (4,):
-        alpha = rgba[..., 3:] / np.iinfo(rgba.dtype).max
+    if rgba is not None and rgba.shape[2:] == (4,):
+        alpha = rgba[..., 3:] / np.float32(np.iinfo(rgba.dtype).max)
         image = (image * alpha + 255 * (1 - alpha)).round().astype(np.uint8)
     return image
 
@@ -427,6 +431,8 @@ def list_images(root, name):
         if not pairs:
             raise UserError(f"no images in {root / name}/<class>/: add some (no test images: --holdout N)")
         return pairs
+    if not table.is_file():
+        raise UserError(f"no file {table}: add it, or use --holdout N")
     try:
         with open(table, encoding="utf-8-sig", newline="") as file:
             header, *rows = [row for row in csv.reader(file) if row]
@@ -791,9 +797,12 @@ def start_or_resume(model, optimizer, scheduler, train_set, args):
             change = f"{name} from {before} to {value}"
             raise UserError(f"--resume cannot change {change}: keep it, or name another --out")
     load_parameters(model, saved)
-    optimizer.load_state_dict(saved["optimizer"])
-    if scheduler:
-        scheduler.load_state_dict(saved["scheduler"])
+    try:
+        optimizer.load_state_dict(saved["optimizer"])
+        if scheduler:
+            scheduler.load_state_dict(saved["scheduler"])
+    except Exception as error:  # a file can have anything in it
+        raise UserError(f"--resume has no state of this optimizer and scheduler: {error!r}") from None
     return run | {"history": saved["history"], "losses": saved["losses"]}
 
 
@@ -854,18 +863,23 @@ def load_checkpoint(path: str | Path, any_format: bool = False) -> dict:
                 if compressed or file.testzip():  # which reads all, for the checksums
                     raise ValueError
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if any_format:
+        if any_format and not (isinstance(checkpoint, dict) and "format" in checkpoint):
             return checkpoint
         problem = f"it is not what a run of this version writes, {FORMAT}, or not finite"
-        spec = Spec(**checkpoint["spec"])
-        kinds = {"recipe": str, "settings": dict, "setup": dict, "losses": list}
+        kinds = dict(
+            recipe=str, settings=dict, setup=dict, history=list, losses=list, model=dict, optimizer=dict
+        )
+        if not all(isinstance(checkpoint[name], kind) for name, kind in kinds.items()):
+            raise ValueError
+        spec, settings = Spec(**checkpoint["spec"]), checkpoint["settings"]
         image = torch.from_numpy(prepare(np.zeros((9, 9, 3), np.uint8), spec)).movedim(-1, 0)
         numbers = [row[name] for row in checkpoint["history"] for name in COLUMNS]
         whole = checkpoint["format"] == FORMAT and Normalize(spec)(image).isfinite().all()
         whole &= all(map(math.isfinite, numbers))
-        whole &= all(isinstance(name, str) for name in spec.classes)
-        whole &= all(isinstance(checkpoint[name], kind) for name, kind in kinds.items())
+        whole &= all(isinstance(name, str) for name in [*spec.classes, *settings])
+        whole &= all(isinstance(value, (str, int, float, type(None))) for value in settings.values())
         for value in checkpoint["model"].values():
+            whole &= value.layout == torch.strided and not value.is_complex()
             whole &= value.numel() <= value.untyped_storage().nbytes() and value.isfinite().all()
         if not whole:
             raise ValueError

@@ -69,8 +69,9 @@ def read_weights(args):
             raise common.UserError(f"no ImageNet weights ({error}): {ways}") from None
         return state, imagenet.mean, imagenet.std
     file = file or common.load_checkpoint(args.weights, any_format=True)
-    if isinstance(file, dict) and file.get("format") == common.FORMAT:
-        return file["model"], file["spec"]["mean"], file["spec"]["std"]
+    if isinstance(file, dict) and "format" in file:
+        spec = common.Spec(**file["spec"])
+        return file["model"], spec.mean, spec.std
     return file, imagenet.mean, imagenet.std
 
 
