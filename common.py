@@ -599,11 +599,8 @@ def load_batches(dataset, order, batch_size, args, title, augment=None, metrics=
 def progress_bar(steps, title, args):
     """A tqdm bar over these steps, of the main process and shown where stderr is a terminal."""
     hidden = args.quiet or not is_main_process() or None  # None: unless stderr is a terminal
-    form, columns = (
-        "{desc} |{bar}| {percentage:3.0f}%, {remaining} left{postfix}",
-        shutil.get_terminal_size().columns,
-    )
-    options = {"mininterval": 0.5, "ncols": columns, "bar_format": form}
+    form = "{desc} |{bar}| {percentage:3.0f}%, {remaining} left{postfix}"
+    options = {"mininterval": 0.5, "ncols": shutil.get_terminal_size().columns, "bar_format": form}
     return tqdm(steps, title, disable=hidden, leave=False, **options)
 
 
@@ -634,7 +631,8 @@ def fit(model, train_set, test_set, loss_fn, optimizer, args, scheduler=None, au
     scheduler: any of torch.optim.lr_scheduler, see `step_scheduler`.
     augment: function of uint8 images (B, C, H, W) that returns such, or floats from 0 to 1; or a transform
         of torchvision.transforms.v2, which is called for each image.
-    after_epoch: function (row of history.csv), when the epoch is saved; True ends the run."""
+    after_epoch: function (row of history.csv), when the epoch is saved; True ends the run. `args.writer` is
+        TensorBoard's SummaryWriter, or None."""
     if isinstance(augment, nn.Module) or type(augment).__module__.startswith("torchvision."):
         transform = augment  # it draws once for all that it is given
         augment = lambda images: torch.stack([transform(image) for image in images])  # noqa: E731
