@@ -409,7 +409,7 @@ def find_data(args, dataset, spec):
         raise UserError(f"{sorted(test - train)[:5]} are classes in the test images only")
     if not 2 <= len(train) <= 10_000:
         raise UserError(f"{folder} has {len(train)} classes, {sorted(train)[:3]}: it takes 2 to 10,000")
-    spec.classes = sorted(train, key=lambda label: (int(label) if label.isdecimal() else -1, label))
+    spec.classes = sorted(train, key=lambda label: (label.zfill(20) if label.isdecimal() else label, label))
     index = {label: i for i, label in enumerate(spec.classes)}
     return [[(file, index[label]) for file, label in part] for part in parts]
 
@@ -872,6 +872,7 @@ def load_checkpoint(path: str | Path, any_format: bool = False) -> dict:
         spec, settings = Spec(**checkpoint["spec"]), checkpoint["settings"]
         image = torch.from_numpy(prepare(np.zeros((9, 9, 3), np.uint8), spec)).movedim(-1, 0)
         numbers = [row[name] for row in checkpoint["history"] for name in COLUMNS]
+        numbers += [number for pair in checkpoint["losses"] for number in pair]
         whole = checkpoint["format"] == FORMAT and Normalize(spec)(image).isfinite().all()
         whole &= all(map(math.isfinite, numbers))
         whole &= all(isinstance(name, str) for name in [*spec.classes, *settings])

@@ -79,11 +79,11 @@ def load_backbone(model, state, weights):
     """Put a VGG16's parameters into the network; its head stays new."""
     state = state.items() if isinstance(state, dict) else ()
     state = {str(name).removeprefix("module."): value for name, value in state}  # DataParallel's
-    own = {name: value for name, value in model.state_dict().items() if not name.startswith("head.")}
-    for name, value in own.items():
-        if getattr(state.get(name), "shape", None) != value.shape:
-            raise common.UserError(f"--weights {weights} has no {name} {list(value.shape)}: it is no VGG16")
-    model.load_state_dict({name: state[name] for name in own}, strict=False)
+    own = [name for name in model.state_dict() if not name.startswith("head.")]
+    try:
+        model.load_state_dict({name: state[name] for name in own}, strict=False)
+    except (KeyError, RuntimeError) as error:
+        raise common.UserError(f"--weights {weights} is no VGG16: {error}") from None
 
 
 def build_model(spec, args):
