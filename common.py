@@ -147,7 +147,7 @@ class RecipeParser(ArgumentParser):
         if args.resume or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
             if Path(args.out, "last.pt").exists():
                 checkpoint = load_checkpoint(Path(args.out, "last.pt"))
-                self.set_defaults(**checkpoint["settings"])
+                self.set_defaults(**{**checkpoint["settings"], "out": args.out, "resume": args.resume})
             else:
                 print(f"nothing to resume in {args.out}: starting with epoch 1")
         args = super().parse_args(argv)
@@ -300,9 +300,10 @@ def decode(file: str | Path) -> np.ndarray | None:
         rgba = cv2.imdecode(data, cv2.IMREAD_UNCHANGED)
     except (OSError, IndexError, cv2.error):
         return None
-    if rgba is not None and rgba.shape[2:] == (4,):
-        alpha = rgba[..., 3:] / np.float32(np.iinfo(rgba.dtype).max)
-        image = (image * alpha + 255 * (1 - alpha)).round().astype(np.uint8)
+    if rgba is not None and rgba.shape[2:] == (4,) and rgba.dtype.kind == "u":
+        rgba = cv2.convertScaleAbs(rgba, alpha=255 / np.iinfo(rgba.dtype).max)
+        shade = [cv2.multiply(255 - rgba[..., i], rgba[..., 3], scale=1 / 255) for i in (2, 1, 0)]
+        image = 255 - np.dstack(shade)  # not rotated: its EXIF data are not applied to the alpha channel
     return image
 
 
@@ -874,6 +875,7 @@ def load_checkpoint(path: str | Path, any_format: bool = False) -> dict:
         numbers = [row[name] for row in checkpoint["history"] for name in COLUMNS]
         numbers += [number for pair in checkpoint["losses"] for number in pair]
         whole = checkpoint["format"] == FORMAT and Normalize(spec)(image).isfinite().all()
+        whole &= isinstance(spec.classes, list) and len(spec.classes) <= 10_000
         whole &= all(map(math.isfinite, numbers))
         whole &= all(isinstance(name, str) for name in [*spec.classes, *settings])
         whole &= all(isinstance(value, (str, int, float, type(None))) for value in settings.values())
@@ -891,8 +893,8 @@ def load_parameters(model, checkpoint):
     """Put a checkpoint's parameters into the network. Raises UserError where it is another network."""
     try:
         model.load_state_dict(checkpoint["model"])
-    except RuntimeError as error:
-        first = str(error).split("\n\t")[1]  # of all differences
+    except Exception as error:  # a file can have anything in it
+        first = str(error).split("\n\t")[:2][-1]  # of all differences
         raise UserError(f"another network than {checkpoint['recipe']}'s: {first}") from None
 
 

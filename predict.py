@@ -91,7 +91,10 @@ def classify(model, spec, files, device="cpu"):
         images = list(common.read_images(some, spec))
         images = [None if image is None else torch.from_numpy(image).movedim(-1, 0) for image in images]
         good = [image for image in images if image is not None]
-        rows = iter(model(torch.stack(good).to(device)).float().softmax(1).cpu() if good else [])
+        rows = model(torch.stack(good).to(device)).float().softmax(1).cpu() if good else torch.zeros(0)
+        if not rows.isfinite().all():
+            raise common.UserError("the network's outputs are not finite: it was not trained to the end")
+        rows = iter(rows)
         for file, image in zip(some, images, strict=True):
             yield file, image, None if image is None else next(rows)
 

@@ -90,6 +90,10 @@ def test_what_is_transparent_is_white(tmp_path):
         assert common.decode(tmp_path / name)[:, 0, 0].tolist() == [0] * 4 + [127] * 4
     cv2.imwrite(str(tmp_path / "deep.png"), image.astype(np.uint16) * 257)
     assert common.decode(tmp_path / "deep.png")[:, 0, 0].tolist() == [0] * 4 + [127] * 4
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be rotated by a quarter
+    Image.fromarray(image[:, :5]).save(tmp_path / "exif.png", exif=exif)
+    assert common.decode(tmp_path / "exif.png")[:, 0, 0].tolist() == [0] * 4 + [127] * 4
 
 
 def test_unreadable_files_are_named_and_the_others_classified(trained, tmp_path):
