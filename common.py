@@ -159,7 +159,7 @@ class RecipeParser(ArgumentParser):
         amx = torch.cpu.get_capabilities().get("amx_bf16", False)
         fast = torch.cuda.is_bf16_supported(False) if args.device.type == "cuda" else amx
         if args.amp and not fast:
-            print("--amp is slower than float32 on CPUs without AMX and on GPUs before Ampere")
+            print("--amp can be slower than float32 on CPUs without AMX and on GPUs before Ampere")
         args.amp = args.tuned and fast if args.amp is None else args.amp  # by itself where it is fast
         if args.compile and args.device.type == "cpu":
             raise UserError("--compile is for GPUs: on a CPU these networks are slower with it")
