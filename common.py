@@ -86,6 +86,8 @@ def cli(main: Callable[[], object]) -> None:
         store = init_distributed()
         main()
         sys.stdout.flush()
+        if store:
+            dist.destroy_process_group()
         return
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
