@@ -922,16 +922,17 @@ def describe_run(model, train_set, test_set, augment, args):
     print(f"{args.recipe.stem} on {args.device} in {on}: {count:,} parameters, {len(spec.classes)} classes")
     print(f"input {spec.channels}x{spec.size}x{spec.size}, ", end="")
     print(f"{len(train_set):,} + {len(test_set):,} images (training + {args.evaluated_on})")
+    if HAS_MATPLOTLIB:
+        images, labels = train_set[torch.randperm(len(train_set))[:8]]
+        augmented = augment(images) if augment else images
+        if augmented.is_floating_point():
+            augmented = (augmented * 255).clamp(0, 255).byte()
+        titles = [spec.classes[label] for label in labels.tolist()] + [""] * len(labels)
+        heading = "Training images; below, as the network gets them"
+        save_figure(draw_grid(torch.cat([images, augmented]).cpu(), titles, heading), "samples", args)
+    else:
+        print("pip install matplotlib for samples.png, curves.png, confusion.png, mistakes.png")
     print(f" epoch  train loss  accuracy  {args.evaluated_on:>10} loss  accuracy  seconds  images/s")
-    if not HAS_MATPLOTLIB:
-        return print("pip install matplotlib for samples.png, curves.png, confusion.png, mistakes.png")
-    images, labels = train_set[torch.randperm(len(train_set))[:8]]
-    augmented = augment(images) if augment else images
-    if augmented.is_floating_point():
-        augmented = (augmented * 255).clamp(0, 255).byte()
-    titles = [spec.classes[label] for label in labels.tolist()] + [""] * len(labels)
-    heading = "Training images; below, as the network gets them"
-    save_figure(draw_grid(torch.cat([images, augmented]).cpu(), titles, heading), "samples", args)
 
 
 def report(history, predictions, test_set, args):

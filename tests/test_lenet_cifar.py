@@ -204,6 +204,7 @@ def test_without_matplotlib_a_line_says_how_to_get_the_pictures(tmp_path, folder
     script.write_text("\n".join([*lines, f"runpy.run_path({str(ROOT / SCRIPT)!r}, run_name='__main__')"]))
     out, _ = run(script, "--data", folder, "--epochs", 1, "--out", "o", cwd=tmp_path)
     assert out.count("pip install matplotlib") == 1
+    assert out.index("pip install matplotlib") < out.index(" epoch  train loss")  # not within the table
     assert not list((tmp_path / "o").glob("*.png"))
 
 
