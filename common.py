@@ -15,7 +15,6 @@ import os
 import random
 import re
 import shlex
-import shutil
 import signal
 import socket
 import sys
@@ -43,9 +42,7 @@ try:
 except ImportError as error:
     sys.exit(f"error: no OpenCV ({error}): apt-get install libgl1, or pip install opencv-python-headless")
 cv2.setNumThreads(0)  # of its own: images are decoded in our threads
-warnings.filterwarnings(
-    "ignore", "Detected pickle|Validating sparse|Casting complex|Glyph"
-)  # what follows says enough
+warnings.filterwarnings("ignore", "Glyph|Detected pickle|Validating|Casting complex|Using a non-tuple")
 with contextlib.suppress(AttributeError, OSError, TypeError):  # glibc: to keep freed memory for the next
     ctypes.CDLL(None).mallopt(-3, 2**25)  # step saves a seventh of it; M_MMAP_THRESHOLD, bytes,
     ctypes.CDLL(None).mallopt(-1, 2**30)  # and M_TRIM_THRESHOLD
@@ -54,6 +51,7 @@ RECIPES = ("lenet_cifar", "quick_cifar", "mnist_cnn", "vgg_transfer")
 FORMAT = "pytorch-image-recipes/3"  # of checkpoints; the number goes up when their layout changes
 MAY_CHANGE = ["data", "epochs", "device", "compile", "save_every", "tensorboard", "quiet", "download"]  # on
 MAY_CHANGE += ["skip_bad"]  # --resume
+LEAST = dict(epochs=1, batch_size=1, lr=1e-30, seed=0, limit_batches=1, holdout=0, save_every=0)  # of flags
 COLUMNS = ["epoch", "lr", "train_loss", "train_accuracy", "test_loss", "test_accuracy"]  # of history.csv
 COLUMNS += ["train_seconds", "test_seconds", "images_per_second"]
 SUFFIXES = (".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm")
@@ -68,7 +66,6 @@ CIFAR10_MIRRORS = (  # byte-identical copies, to try before its slow home
 )
 
 
-# ------------------------------------------------------------------------------------------ command line
 class UserError(Exception):
     """A mistake that the user can correct: `cli` prints it as one line and exits with status 2."""
 
@@ -94,14 +91,14 @@ def cli(main: Callable[[], object]) -> None:
         sys.exit(141)
     except KeyboardInterrupt as stop:
         text, status = f"stopped{stop}", 128 + signals[-1]
-    except ModuleNotFoundError as error:
-        text = f"error: {error}: pip install {error.name}"
-    except (UserError, OSError, MemoryError, RuntimeError) as error:
+    except Exception as error:
         text = f"error: {error}"
-        if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
+        if isinstance(error, ModuleNotFoundError):
+            text += f": pip install {error.name}"
+        elif isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
             text += ": try a smaller --batch-size or --size"
-        elif isinstance(error, RuntimeError) and not (store and "onnection" in text):  # closed, says Gloo
-            raise  # a bug, which deserves its traceback
+        elif not isinstance(error, (UserError, OSError)) and not (store and "onnection" in text):
+            raise  # a bug, which deserves its traceback; "connection closed" is one of another process
     with contextlib.suppress(RuntimeError):  # the process with the store may be gone
         if store and store.add("messages", 1) > 1:  # another process has said what went wrong
             sys.exit(status)
@@ -134,8 +131,7 @@ class RecipeParser(ArgumentParser):
     defaults: the source's own numbers, and those of added flags."""
 
     def __init__(self, file: str, description: str, tuned: dict, smallest: int = 1, **defaults):
-        self.file, self.tuned, self.least = Path(file), tuned, dict(epochs=1, batch_size=1, lr=1e-30, seed=0)
-        self.least |= dict(size=smallest, limit_batches=1, holdout=0, save_every=0)
+        self.file, self.tuned, self.least = Path(file), tuned, {**LEAST, "size": smallest}
         usage = re.sub(r"python \S+\.py", f"python {self.file.name}", description)  # a copy has its own name
         super().__init__(usage, prog=self.file.name)
         add_training_flags(self)
@@ -172,7 +168,6 @@ class RecipeParser(ArgumentParser):
 
 
 def add_training_flags(parser):
-    """Add the flags of all training scripts."""
     n, switch = {"type": int, "metavar": "N"}, {"action": "store_true"}
     on_off = {"action": argparse.BooleanOptionalAction}
     tuned = ", ".join(f"{name} {value}" for name, value in parser.tuned.items()).replace("_", " ")
@@ -213,7 +208,6 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-# ------------------------------------------------------------------------- processes, started by torchrun
 def init_distributed():
     """Join the processes that torchrun has started, of which the main one prints; returns their store."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
@@ -257,22 +251,16 @@ def parallelize(model, args):
     if get_world_size() == 1:
         return model
     model = nn.parallel.DistributedDataParallel(model)
-    images = torch.zeros(2, device=args.device)  # in this process's part of the batch, and in all of it
 
-    def count_images(module, inputs):
-        images.fill_(len(inputs[0]))
-        dist.all_reduce(images[1:])
+    def weigh_gradients(module, inputs, logits):  # DDP takes their mean, but parts of a batch can differ
+        images = torch.tensor(float(len(logits)), device=logits.device)
+        share = images * get_world_size() / all_reduce(images.clone())
+        logits.register_hook(lambda gradients: gradients * share)
 
-    def average_over_images(_, bucket):  # the mean over processes is another one where their parts differ
-        gradients = bucket.buffer().mul_(images[0] / images[1])
-        return dist.all_reduce(gradients, async_op=True).get_future().then(lambda future: future.value()[0])
-
-    model.register_forward_pre_hook(count_images)
-    model.register_comm_hook(None, average_over_images)
+    model.register_forward_hook(weigh_gradients)
     return model
 
 
-# ------------------------------------------------------------------------------------------------ images
 @dataclass
 class Spec:
     """What a network expects of its input. Every checkpoint has it, so that `predict.py` does as training."""
@@ -291,7 +279,8 @@ class Spec:
 
 
 def decode(file: str | Path) -> np.ndarray | None:
-    """An image file as uint8 RGB (H, W, 3), rotated as EXIF says, on white; None where it is unreadable."""
+    """An image file as uint8 RGB (H, W, 3), rotated as EXIF says; with an alpha channel, on white and as it
+    is. None where it is unreadable."""
     if not Path(file).is_file():  # a named pipe would have us wait
         return None
     try:
@@ -304,8 +293,8 @@ def decode(file: str | Path) -> np.ndarray | None:
         return None
     if rgba is not None and rgba.shape[2:] == (4,) and rgba.dtype.kind == "u":
         rgba = cv2.convertScaleAbs(rgba, alpha=255 / np.iinfo(rgba.dtype).max)
-        shade = [cv2.multiply(255 - rgba[..., i], rgba[..., 3], scale=1 / 255) for i in (2, 1, 0)]
-        image = 255 - np.dstack(shade)  # not rotated: its EXIF data are not applied to the alpha channel
+        alpha = cv2.merge([rgba[..., 3]] * 3)
+        image = 255 - cv2.multiply(255 - rgba[..., 2::-1], alpha, scale=1 / 255)
     return image
 
 
@@ -376,16 +365,21 @@ class ImageDataset(torch.utils.data.Dataset):
         return list(zip(*self[indices], strict=True))
 
 
-# --------------------------------------------------------------------------------------------- data sets
 def load_data(args, dataset: str, **spec) -> tuple[ImageDataset, ImageDataset]:
     """The images to train on and to evaluate on, as `--data`, `--size`, `--holdout`, `--limit-batches` and
     `--skip-bad` say. Raises UserError where they cannot be had.
     dataset: the name of the torchvision data set that a folder without images of one's own has or gets.
     spec: fields of `Spec`; the classes come from the data, the size from `--size`."""
-    spec, first = Spec([], args.size, **spec), os.environ.get("LOCAL_RANK", "0") == "0"
+    spec, names = Spec([], args.size, **spec), ["train"] if args.holdout else ["train", "test"]
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
     if not first:  # wait for the first process of this machine, which may download
         dist.barrier()
-    parts = find_data(args, dataset, spec)
+    if args.data == "drawn":
+        parts = [draw_digits(name, spec) for name in names]
+    elif Path(args.data, "train.csv").is_file() or Path(args.data, "train").is_dir():
+        parts = list_images(Path(args.data), names, spec)
+    else:
+        parts = [read_torchvision(dataset, name, args, spec) for name in names]
     if first and get_world_size() > 1:
         dist.barrier()
     if args.holdout >= len(parts[0]):
@@ -399,41 +393,38 @@ def load_data(args, dataset: str, **spec) -> tuple[ImageDataset, ImageDataset]:
     return tuple(load_images(part, spec, args) for part in parts)
 
 
-def find_data(args, dataset, spec):
-    """(source, class index) pairs to train on and, without `--holdout`, to test on; sets spec.classes."""
-    folder, names = Path(args.data), ["train"] if args.holdout else ["train", "test"]
-    if args.data == "drawn":
-        return [draw_digits(name, spec) for name in names]
-    if not ((folder / "train.csv").is_file() or (folder / "train").is_dir()):
-        return [read_torchvision(dataset, name, args, spec) for name in names]
-    parts = [list_images(folder, name) for name in names]
-    train, test = ({label for _, label in part} for part in (parts[0], parts[-1]))
-    if test - train:
-        raise UserError(f"{sorted(test - train)[:5]} are classes in the test images only")
-    if not 2 <= len(train) <= 10_000:
-        raise UserError(f"{folder} has {len(train)} classes, {sorted(train)[:3]}: it takes 2 to 10,000")
-    spec.classes = sorted(train, key=lambda label: (label.zfill(20) if label.isdecimal() else label, label))
-    index = {label: i for i, label in enumerate(spec.classes)}
-    return [[(file, index[label]) for file, label in part] for part in parts]
-
-
 def find_images(folder: Path) -> list[Path]:
     """The image files below a folder, by the ends of their names, sorted; hidden ones are left out."""
     files = [file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file()]
     return sorted(file for file in files if "/." not in f"/{file.relative_to(folder).as_posix()}")
 
 
-def list_images(root, name):
-    """The (file, label) pairs of ROOT/NAME.csv, a header, then a file and its label in each row; or else of
-    ROOT/NAME/<class>/**, and ROOT/val/ where there is no ROOT/test/."""
-    table, folder = root / f"{name}.csv", root / name
-    if not (root / "train.csv").is_file():
-        folder = folder if folder.is_dir() or name == "train" else root / "val"
-        pairs = [(file, file.relative_to(folder).parts[0]) for file in find_images(folder)]
-        pairs = [(file, label) for file, label in pairs if label != file.name]  # not in a class
-        if not pairs:
-            raise UserError(f"no images in {root / name}/<class>/: add some (no test images: --holdout N)")
-        return pairs
+def list_images(root, names, spec):
+    """(file, class index) pairs for each name, of ROOT/NAME.csv or ROOT/NAME/; sets spec.classes."""
+    read = read_table if (root / "train.csv").is_file() else read_folder
+    parts = [read(root, name) for name in names]
+    train, test = ({label for _, label in part} for part in (parts[0], parts[-1]))
+    if test - train:
+        raise UserError(f"{sorted(test - train)[:5]} are classes in the test images only")
+    if not 2 <= len(train) <= 10_000:
+        raise UserError(f"{root} has {len(train)} classes, {sorted(train)[:3]}: it takes 2 to 10,000")
+    spec.classes = sorted(train, key=lambda label: (label.zfill(20) if label.isdecimal() else label, label))
+    index = {label: i for i, label in enumerate(spec.classes)}
+    return [[(file, index[label]) for file, label in part] for part in parts]
+
+
+def read_folder(root, name):
+    """The (file, label) pairs of ROOT/NAME/<class>/**, and of ROOT/val/ where there is no ROOT/test/."""
+    folder = root / name if (root / name).is_dir() or name == "train" else root / "val"
+    files = [file for file in find_images(folder) if file.parent != folder]
+    if not files:
+        raise UserError(f"no images in {root / name}/<class>/: add some (no test images: --holdout N)")
+    return [(file, file.relative_to(folder).parts[0]) for file in files]
+
+
+def read_table(root, name):
+    """The (file, label) pairs of ROOT/NAME.csv: a header, then a file and its label in each row."""
+    table = root / f"{name}.csv"
     if not table.is_file():
         raise UserError(f"no file {table}: add it, or use --holdout N")
     try:
@@ -554,7 +545,6 @@ def unpack():
             file.write_bytes(cv2.imencode(".png", image[..., ::-1])[1])
 
 
-# ----------------------------------------------------------------------------------------------- batches
 class Normalize(nn.Module):
     """Images (N, C, H, W), uint8 or floats from 0 to 1, to float32: (pixel - mean) / std."""
 
@@ -603,8 +593,7 @@ def progress_bar(steps, title, args):
     """A tqdm bar over these steps, of the main process and shown where stderr is a terminal."""
     hidden = args.quiet or not is_main_process() or None  # None: unless stderr is a terminal
     form = "{desc} |{bar}| {percentage:3.0f}%, {remaining} left{postfix}"
-    options = {"mininterval": 0.5, "ncols": shutil.get_terminal_size().columns, "bar_format": form}
-    return tqdm(steps, title, disable=hidden, leave=False, **options)
+    return tqdm(steps, title, disable=hidden, leave=False, mininterval=0.5, bar_format=form)
 
 
 class Metrics:
@@ -626,7 +615,6 @@ class Metrics:
         return loss / max(1, images), correct / max(1, images), sums
 
 
-# ---------------------------------------------------------------------------------------------- training
 def fit(model, train_set, test_set, loss_fn, optimizer, args, scheduler=None, augment=None, after_epoch=None):
     """Train up to epoch `args.epochs`, evaluate after each, keep the run folder `args.out`, report last.
     Returns the rows of history.csv, dicts. Raises UserError; the last complete epoch is saved.
@@ -660,7 +648,7 @@ def fit(model, train_set, test_set, loss_fn, optimizer, args, scheduler=None, au
     except (KeyboardInterrupt, UserError) as stop:
         epoch = len(run["history"]) if Path(args.out, "last.pt").exists() else 0
         saved = f"{f'epoch {epoch}' if epoch else 'no epoch'} is saved in {args.out}"
-        with contextlib.suppress(OSError):  # the folder may be gone, or read-only now
+        with contextlib.suppress(OSError, TypeError):  # the folder may be gone, or no epoch be complete
             draw_results(run, predictions, test_set, args)
         if isinstance(stop, KeyboardInterrupt):
             command = ["python", os.path.relpath(args.recipe), "--resume", "--out", args.out]
@@ -749,7 +737,6 @@ def step_scheduler(scheduler, row=None):
         scheduler.step(row["test_loss"]) if plateau else scheduler.step()
 
 
-# ----------------------------------------------------------------------------- run folders and checkpoints
 def open_run(args):
     """Make the run folder, in which no other process may train until this one ends; move an earlier run in it
     aside. With `--tensorboard`, `args.writer` writes to it."""
@@ -797,13 +784,9 @@ def start_or_resume(model, optimizer, scheduler, train_set, args):
         if name not in MAY_CHANGE and value != (before := saved["setup"].get(name)):
             change = f"{name} from {before} to {value}"
             raise UserError(f"--resume cannot change {change}: keep it, or name another --out")
-    load_parameters(model, saved)
-    try:
-        optimizer.load_state_dict(saved["optimizer"])
-        if scheduler:
-            scheduler.load_state_dict(saved["scheduler"])
-    except Exception as error:  # a file can have anything in it
-        raise UserError(f"--resume has no state of this optimizer and scheduler: {error!r}") from None
+    for value, name in (model, "model"), (optimizer, "optimizer"), (scheduler, "scheduler"):
+        if value:
+            load_state(value, saved, name)
     return run | {"history": saved["history"], "losses": saved["losses"]}
 
 
@@ -867,40 +850,32 @@ def load_checkpoint(path: str | Path, any_format: bool = False) -> dict:
         if any_format and not (isinstance(checkpoint, dict) and "format" in checkpoint):
             return checkpoint
         problem = f"it is not what a run of this version writes, {FORMAT}, or not finite"
-        kinds = dict(
-            recipe=str, settings=dict, setup=dict, history=list, losses=list, model=dict, optimizer=dict
-        )
-        if not all(isinstance(checkpoint[name], kind) for name, kind in kinds.items()):
-            raise ValueError
         spec, settings = Spec(**checkpoint["spec"]), checkpoint["settings"]
-        image = torch.from_numpy(prepare(np.zeros((9, 9, 3), np.uint8), spec)).movedim(-1, 0)
+        names = [checkpoint["recipe"], *spec.classes, *settings, *checkpoint["setup"].keys()]
         numbers = [row[name] for row in checkpoint["history"] for name in COLUMNS]
-        numbers += [number for pair in checkpoint["losses"] for number in pair]
-        whole = checkpoint["format"] == FORMAT and Normalize(spec)(image).isfinite().all()
-        whole &= isinstance(spec.classes, list) and len(spec.classes) <= 10_000
-        whole &= all(map(math.isfinite, numbers))
-        whole &= all(isinstance(name, str) for name in [*spec.classes, *settings])
+        numbers += [number for step, loss in checkpoint["losses"] for number in (step, loss)]
+        image = torch.from_numpy(prepare(np.zeros((9, 9, 3), np.uint8), spec)).movedim(-1, 0)
+        tensors = [Normalize(spec)(image), *checkpoint["model"].values()]
+        whole = checkpoint["format"] == FORMAT and len(spec.classes) <= 10_000
+        whole &= all(isinstance(name, str) for name in names) and all(map(math.isfinite, numbers))
         whole &= all(isinstance(value, (str, int, float, type(None))) for value in settings.values())
-        for value in checkpoint["model"].values():
-            whole &= value.layout == torch.strided and not value.is_complex()
-            whole &= value.numel() <= value.untyped_storage().nbytes() and value.isfinite().all()
-        if not whole:
+        whole &= all(one.numel() <= one.untyped_storage().nbytes() for one in tensors)
+        if not (whole and all(one.isfinite().all() for one in tensors)):
             raise ValueError
         return checkpoint
     except Exception:  # damaged bytes can raise anything in there
         raise UserError(f"{path} is refused: {problem}") from None
 
 
-def load_parameters(model, checkpoint):
-    """Put a checkpoint's parameters into the network. Raises UserError where it is another network."""
+def load_state(value, checkpoint, name="model"):
+    """Load a model's, optimizer's or scheduler's state_dict. Raises UserError where it is that of another."""
     try:
-        model.load_state_dict(checkpoint["model"])
+        value.load_state_dict(checkpoint[name])
     except Exception as error:  # a file can have anything in it
         first = str(error).split("\n\t")[:2][-1]  # of all differences
-        raise UserError(f"another network than {checkpoint['recipe']}'s: {first}") from None
+        raise UserError(f"another {name} than {checkpoint['recipe']}'s: {first}") from None
 
 
-# ---------------------------------------------------------------------------------- reports and figures
 def describe_run(model, train_set, test_set, augment, args):
     """Print the network's layers or blocks, unless `--quiet`, and what it is trained on; draw samples.png."""
     spec, names = train_set.spec, {m: name for name, m in model.named_modules() if not [*m.children()]}
@@ -929,7 +904,7 @@ def describe_run(model, train_set, test_set, augment, args):
             augmented = (augmented * 255).clamp(0, 255).byte()
         titles = [spec.classes[label] for label in labels.tolist()] + [""] * len(labels)
         heading = "Training images; below, as the network gets them"
-        save_figure(draw_grid(torch.cat([images, augmented]).cpu(), titles, heading), "samples", args)
+        save_figures({"samples": draw_grid(torch.cat([images, augmented]).cpu(), titles, heading)}, args)
     else:
         print("pip install matplotlib for samples.png, curves.png, confusion.png, mistakes.png")
     print(f" epoch  train loss  accuracy  {args.evaluated_on:>10} loss  accuracy  seconds  images/s")
@@ -970,50 +945,51 @@ def draw_grid(images, titles, heading, marked=()):
     return figure
 
 
-def save_figure(figure, name, args):
-    """Write a figure to the run folder and to TensorBoard."""
-    figure.savefig(Path(args.out, f"{name}.png"))
-    if args.writer:
-        args.writer.add_figure(name, figure)
-        args.writer.flush()
+def save_figures(figures, args):
+    """Write figures, {name: figure}, to the run folder and to TensorBoard."""
+    for name, figure in figures.items():
+        figure.savefig(Path(args.out, f"{name}.png"))
+        if args.writer:
+            args.writer.add_figure(name, figure)
+            args.writer.flush()
 
 
 def draw_results(run, predictions, test_set, args):
-    """curves.png, confusion.png and mistakes.png, as far as the run has come."""
-    if not (run["history"] and HAS_MATPLOTLIB and is_main_process()):
+    """curves.png, confusion.png and mistakes.png, of the epochs so far."""
+    if not (HAS_MATPLOTLIB and is_main_process()):
         return
     from matplotlib.figure import Figure
 
-    history, losses, epochs = run["history"], run["losses"], range(1, len(run["history"]) + 1)
-    figure, steps = Figure(figsize=(9, 3.6), layout="constrained", dpi=110), losses[-1][0] / len(history)
-    left, right = figure.subplots(1, 2)
+    history, losses, names = run["history"], run["losses"], [printable(x)[:15] for x in test_set.spec.classes]
+    (predicted, probability, mistakes), labels = predictions, test_set.labels.cpu()
+    curves, steps = Figure(figsize=(9, 3.6), layout="constrained", dpi=110), losses[-1][0] / len(history)
+    left, right = curves.subplots(1, 2)
     left.plot([step / steps for step, _ in losses], [loss for _, loss in losses], "0.75", label="training")
+    parts = {"train": "training, mean of epoch", "test": f"{args.evaluated_on}, after epoch"}
     for axes, what, unit in (left, "loss", "cross-entropy, nats"), (right, "accuracy", "fraction of images"):
-        axes.plot(epochs, [row[f"train_{what}"] for row in history], ".-", label="training, mean of epoch")
-        label = f"{args.evaluated_on}, after epoch"
-        axes.plot(epochs, [row[f"test_{what}"] for row in history], ".-", label=label)
+        for part, label in parts.items():
+            values = [row[f"{part}_{what}"] for row in history]
+            axes.plot(range(1, len(history) + 1), values, ".-", label=label)
         axes.set(title=what.capitalize(), xlabel="epoch", ylabel=unit)
         axes.legend()
-    save_figure(figure, "curves", args)
-    if predictions is None:
-        return
-    (predicted, probability, mistakes), labels = predictions, test_set.labels.cpu()
-    names = [printable(name)[:15] for name in test_set.spec.classes]
+
     n, every = len(names), math.ceil(len(names) / 40)  # more names would overlap
-    confusion = (labels * n + predicted).bincount(minlength=n * n).view(n, n)
-    figure = Figure(figsize=(4 + min(0.4 * n, 11), 3 + min(0.4 * n, 11)), layout="constrained", dpi=110)
-    axes = figure.subplots()
-    share = (confusion / confusion.sum(1, keepdim=True).clamp(min=1)).numpy()
-    figure.colorbar(axes.imshow(share, cmap="Blues", vmin=0, vmax=1), label="fraction of the true class")
+    counts = (labels * n + predicted).bincount(minlength=n * n).view(n, n)
+    confusion = Figure(figsize=(4 + min(0.4 * n, 11), 3 + min(0.4 * n, 11)), layout="constrained", dpi=110)
+    axes, share = confusion.subplots(), counts / counts.sum(1, keepdim=True).clamp(min=1)
+    colors = axes.imshow(share.numpy(), cmap="Blues", vmin=0, vmax=1)
+    confusion.colorbar(colors, label="fraction of the true class")
     axes.set_xticks(range(0, n, every), names[::every], size=8, rotation=90, parse_math=False)
     axes.set_yticks(range(0, n, every), names[::every], size=8, parse_math=False)
     title = f"{args.evaluated_on.capitalize()} accuracy {history[-1]['test_accuracy']:.4f}"
     axes.set(xlabel="predicted class", ylabel="true class", title=title)
-    save_figure(figure, "confusion", args)
+
+    figures = {"curves": curves, "confusion": confusion}
     if mistakes := mistakes[:32]:
         titles = [f"{names[predicted[i]]}\n{probability[i]:.2f}\n({names[labels[i]]})" for i in mistakes]
         heading = "Most confident mistakes: predicted class, probability, (true class)"
-        save_figure(draw_grid(test_set[mistakes][0].cpu(), titles, heading), "mistakes", args)
+        figures["mistakes"] = draw_grid(test_set[mistakes][0].cpu(), titles, heading)
+    save_figures(figures, args)
 
 
 if __name__ == "__main__":

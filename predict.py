@@ -3,20 +3,12 @@
 python predict.py runs/lenet_cifar/best.pt dog.png
 python predict.py runs/lenet_cifar/best.pt dog.png holiday/ --top 3 --figure out.png --csv out.csv
 python predict.py --recipe my_net.py runs/my_net/best.pt dog.png      # a recipe of your own
-python predict.py runs/lenet_cifar/best.pt --export model.pt2         # for where this repository is not
-
-model.pt2 opens with torch alone. It takes uint8 images (N, C, H, W) and gives probabilities (N, classes):
-
-    about = {"about.json": ""}           # filled in: class names, and how images are to be prepared
-    model = torch.export.load("model.pt2", extra_files=about).module()
 """
 
 import argparse
 import csv
 import importlib.util
-import json
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -55,19 +47,8 @@ def load_model(path, recipe=None, device="cpu"):
     except Exception as error:  # settings that it has not, or cannot have
         made_by = f"{path} was made by {checkpoint['recipe']}"
         raise common.UserError(f"{made_by}, and not by this --recipe: {error}") from None
-    common.load_parameters(network, checkpoint)
+    common.load_state(network, checkpoint)
     return torch.nn.Sequential(common.Normalize(spec), network).to(device).eval(), spec
-
-
-def export(model, spec, path):
-    """Write a torch.export program of the network, uint8 images to probabilities, for any batch size."""
-    example = torch.zeros(2, spec.channels, spec.size, spec.size, dtype=torch.uint8)
-    whole = torch.nn.Sequential(model.cpu(), torch.nn.Softmax(1)).eval().requires_grad_(False)
-    program = torch.export.export(whole, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    if Path(path).is_dir():
-        raise common.UserError(f"{path or 'nothing'} is a folder: name a file")
-    with common.atomic_write(Path(path)) as temporary, open(temporary, "wb") as file:
-        torch.export.save(program, file, extra_files={"about.json": json.dumps(asdict(spec))})
 
 
 def find_files(paths):
@@ -102,12 +83,11 @@ def classify(model, spec, files, device="cpu"):
 def parse_args():
     parser = common.ArgumentParser(__doc__)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="best.pt or last.pt of a run folder")
-    parser.add_argument("images", metavar="IMAGE", nargs="*", help="files, and folders of images")
+    parser.add_argument("images", metavar="IMAGE", nargs="+", help="files, and folders of images")
     parser.add_argument("--recipe", metavar="FILE", help="the script that made the checkpoint, if your own")
     parser.add_argument("--top", default=1, help="classes an image", type=int, metavar="N")
     parser.add_argument("--figure", metavar="FILE", help="draw the images with their classes, a PNG say")
     parser.add_argument("--csv", metavar="FILE", help="write files, classes, probabilities as a table")
-    parser.add_argument("--export", metavar="FILE", help="write the network for torch.export.load")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
     args = parser.parse_args()
     if args.figure and not common.HAS_MATPLOTLIB:
@@ -116,8 +96,6 @@ def parse_args():
         raise common.UserError(f"--figure {args.figure}: end its name in .png, .jpg, .pdf or .svg")
     if args.top < 1:
         raise common.UserError(f"--top {args.top} is less than 1")
-    if not args.images and args.export is None:
-        raise common.UserError("name at least one IMAGE, a file or a folder")
     return args
 
 
@@ -125,11 +103,6 @@ def main():
     args = parse_args()
     device = common.pick_device(args.device)
     model, spec = load_model(args.checkpoint, args.recipe, device)
-    if args.export is not None:
-        export(model, spec, args.export)
-        print(f"{args.export}: uint8 ({spec.channels}, {spec.size}, {spec.size}) images to probabilities")
-        model.to(device)
-
     table, drawn, marked = [["file", "rank", "class", "probability"]], [], []
     unreadable = known = right = 0
     for file, image, probabilities in classify(model, spec, find_files(args.images), device):

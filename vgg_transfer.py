@@ -2,7 +2,6 @@
 
 python vgg_transfer.py --data my_photos/ --freeze      # train a new last layer alone: start here
 python vgg_transfer.py --data my_photos/               # train all of it; photos are 224x224 without --size
-python vgg_transfer.py --head add --freeze             # a layer more, behind ImageNet's 1000 classes
 python vgg_transfer.py --weights runs/a/best.pt        # from a VGG16 of your own to other classes
 python vgg_transfer.py --weights none --data drawn     # no download: from random parameters
 """
@@ -14,11 +13,10 @@ from pathlib import Path
 import torch
 import torchvision
 from torch import nn
-from torchvision.models import VGG16_Weights
 
 import common
 
-IMAGENET = VGG16_Weights.IMAGENET1K_V1  # where its parameters are, and which images they expect
+IMAGENET = torchvision.models.VGG16_Weights.IMAGENET1K_V1  # its parameters, and the images they expect
 TUNED = dict(batch_size=64, lr=0.01)
 
 
@@ -63,15 +61,13 @@ def read_weights(args):
         return None, 0.5, 0.25
     if args.weights == "imagenet" and not file:
         try:
-            state = IMAGENET.get_state_dict(check_hash=True)  # from torchvision's cache, or downloaded to it
+            return IMAGENET.get_state_dict(check_hash=True), imagenet.mean, imagenet.std  # or downloads
         except Exception as error:  # no network, or half a file in the cache
             ways = f"put {IMAGENET.url} into {torch.hub.get_dir()}/checkpoints, or use --weights none"
             raise common.UserError(f"no ImageNet weights ({error}): {ways}") from None
-        return state, imagenet.mean, imagenet.std
     file = file or common.load_checkpoint(args.weights, any_format=True)
     if isinstance(file, dict) and "format" in file:
-        spec = common.Spec(**file["spec"])
-        return file["model"], spec.mean, spec.std
+        return file["model"], file["spec"]["mean"], file["spec"]["std"]
     return file, imagenet.mean, imagenet.std
 
 
@@ -94,10 +90,9 @@ def build_model(spec, args):
 def parser():
     parser = common.RecipeParser(__file__, __doc__, TUNED, smallest=32, epochs=10, batch_size=64, lr=0.001)
     add = parser.add_argument_group("transfer").add_argument
-    add("--weights", help="imagenet, none, or a file: checkpoint or VGG16's state_dict", metavar="NAME")
-    add("--head", help="the new layer, instead of the last one or behind it", choices=["replace", "add"])
+    add("--weights", default="imagenet", help="imagenet, none, or a checkpoint or state_dict", metavar="NAME")
+    add("--head", default="replace", help="instead of or after the last layer", choices=["replace", "add"])
     add("--freeze", help="train the new layer alone", action="store_true")
-    parser.set_defaults(weights="imagenet", head="replace")
     return parser
 
 

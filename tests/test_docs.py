@@ -7,6 +7,7 @@ import shutil
 import cv2
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, run
 from test_vgg_transfer import first_blocks
 
@@ -54,12 +55,25 @@ def test_every_command_of_the_pages_runs(place, command):
     run(script, *args, cwd=place, before=first_blocks, figures="--figure" in args)
 
 
+def run_cell(page):
+    (cell,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
+    names = {}
+    exec(compile(cell, page, "exec"), names)
+    return names
+
+
 def test_the_notebook_of_the_pages_runs(place, monkeypatch, capsys):
     monkeypatch.chdir(place)
-    (cell,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/change.md").read_text(), re.DOTALL)
-    exec(compile(cell, "cell", "exec"), {})
+    run_cell("change.md")
     accuracy, name = capsys.readouterr().out.splitlines()[-1].split()
     assert 0 <= float(accuracy) <= 1 and name in "0123456789"
+
+
+def test_a_network_is_exported_as_the_pages_say_and_gives_the_same(place, monkeypatch):
+    monkeypatch.chdir(place)
+    model = run_cell("images.md")["model"]
+    images = torch.randint(256, (5, 3, 32, 32), dtype=torch.uint8)
+    torch.testing.assert_close(torch.export.load("model.pt2").module()(images), model(images))
 
 
 def test_the_pages_name_only_files_that_are_there():
