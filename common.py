@@ -784,9 +784,14 @@ def start_or_resume(model, optimizer, scheduler, train_set, args):
         if name not in MAY_CHANGE and value != (before := saved["setup"].get(name)):
             change = f"{name} from {before} to {value}"
             raise UserError(f"--resume cannot change {change}: keep it, or name another --out")
-    for value, name in (model, "model"), (optimizer, "optimizer"), (scheduler, "scheduler"):
-        if value:
-            load_state(value, saved, name)
+    try:
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        if scheduler:
+            scheduler.load_state_dict(saved["scheduler"])
+    except Exception as error:  # a file can have anything in it
+        first = str(error).split("\n\t")[:2][-1]  # of all differences
+        raise UserError(f"--resume cannot continue with another network or optimizer: {first}") from None
     return run | {"history": saved["history"], "losses": saved["losses"]}
 
 
@@ -867,15 +872,6 @@ def load_checkpoint(path: str | Path, any_format: bool = False) -> dict:
         raise UserError(f"{path} is refused: {problem}") from None
 
 
-def load_state(value, checkpoint, name="model"):
-    """Load a model's, optimizer's or scheduler's state_dict. Raises UserError where it is that of another."""
-    try:
-        value.load_state_dict(checkpoint[name])
-    except Exception as error:  # a file can have anything in it
-        first = str(error).split("\n\t")[:2][-1]  # of all differences
-        raise UserError(f"another {name} than {checkpoint['recipe']}'s: {first}") from None
-
-
 def describe_run(model, train_set, test_set, augment, args):
     """Print the network's layers or blocks, unless `--quiet`, and what it is trained on; draw samples.png."""
     spec, names = train_set.spec, {m: name for name, m in model.named_modules() if not [*m.children()]}
@@ -895,8 +891,8 @@ def describe_run(model, train_set, test_set, augment, args):
         hook.remove()
     count, on = sum(p.numel() for p in model.parameters()), "bfloat16" if args.amp else "float32"
     print(f"{args.recipe.stem} on {args.device} in {on}: {count:,} parameters, {len(spec.classes)} classes")
-    print(f"input {spec.channels}x{spec.size}x{spec.size}, ", end="")
-    print(f"{len(train_set):,} + {len(test_set):,} images (training + {args.evaluated_on})")
+    images = f"{len(train_set):,} + {len(test_set):,} images (training + {args.evaluated_on})"
+    print(f"input {spec.channels}x{spec.size}x{spec.size}, {images}")
     if HAS_MATPLOTLIB:
         images, labels = train_set[torch.randperm(len(train_set))[:8]]
         augmented = augment(images) if augment else images

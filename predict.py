@@ -44,10 +44,10 @@ def load_model(path, recipe=None, device="cpu"):
     module = import_recipe(checkpoint["recipe"], recipe)
     try:
         network = module.build_model(spec, argparse.Namespace(**checkpoint["settings"]))
-    except Exception as error:  # settings that it has not, or cannot have
-        made_by = f"{path} was made by {checkpoint['recipe']}"
-        raise common.UserError(f"{made_by}, and not by this --recipe: {error}") from None
-    common.load_state(network, checkpoint)
+        network.load_state_dict(checkpoint["model"])
+    except Exception as error:  # settings that it has not, or cannot have, or another network
+        made_by, first = f"{path} was made by {checkpoint['recipe']}", str(error).split("\n\t")[:2][-1]
+        raise common.UserError(f"{made_by}, and not by this --recipe: {first}") from None
     return torch.nn.Sequential(common.Normalize(spec), network).to(device).eval(), spec
 
 

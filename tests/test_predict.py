@@ -147,7 +147,7 @@ def test_a_copied_recipe_with_another_network_needs_no_other_change(tmp_path, fo
     assert out.startswith(f"{picture}: ")
     shutil.copy(ROOT / "lenet_cifar.py", tmp_path / "other.py")
     _, err = run("predict.py", "--recipe", "other.py", best, picture, cwd=tmp_path, status=2)
-    one_error_line(err, "another model")
+    one_error_line(err, "made by my_net, and not by this --recipe", "size mismatch")
 
 
 def test_bad_use_is_one_line_and_status_2(trained, tmp_path):
