@@ -831,6 +831,7 @@ def atomic_write(path: Path):
     Raises UserError where it cannot be written."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
+        temporary.unlink(missing_ok=True)  # a link would be followed
         yield temporary
         temporary.replace(path)
     except (OSError, RuntimeError) as error:  # PyTorch turns a full disk into a RuntimeError
@@ -966,7 +967,7 @@ def draw_results(run, predictions, test_set, args):
         for part, label in parts.items():
             values = [row[f"{part}_{what}"] for row in history]
             axes.plot(range(1, len(history) + 1), values, ".-", label=label)
-        axes.set(title=what.capitalize(), xlabel="epoch", ylabel=unit)
+        axes.set(title=what.capitalize(), xlabel="epoch", ylabel=unit, xlim=0)
         axes.legend()
 
     n, every = len(names), math.ceil(len(names) / 40)  # more names would overlap
