@@ -139,15 +139,13 @@ def test_help_has_the_flags_of_the_recipe_too(tmp_path):
 
 
 def test_bad_use_is_one_message_of_one_process(tmp_path, folder):
-    def refused(*args, parts):
-        process = torchrun(ROOT / LENET, *args, cwd=tmp_path)
+    bad = [("--data", folder, "--epochs", 0), ("--data", tmp_path / "missing")]
+    started = [torchrun(ROOT / LENET, *args, cwd=tmp_path) for args in bad]
+    for process, parts in zip(started, [["--epochs"], ["missing", "--download"]], strict=True):
         _, err = process.communicate(timeout=60)
         lines = [line for line in err.splitlines(keepends=True) if "error: " in line and line[0] == "l"]
         one_error_line("".join(lines), *parts)
         assert process.returncode == 1 and "exitcode  : 2" in err
-
-    refused("--data", folder, "--epochs", 0, parts=["--epochs"])
-    refused("--data", tmp_path / "missing", parts=["missing", "--download"])
 
 
 def test_a_raising_worker_ends_the_others_and_is_the_one_that_speaks(tmp_path, folder):
@@ -164,8 +162,8 @@ def test_a_raising_worker_ends_the_others_and_is_the_one_that_speaks(tmp_path, f
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="finds the worker in Linux's /proc")
 def test_a_killed_worker_comes_back_and_the_run_ends_as_if_nothing_had_been(tmp_path, folder):
     args = ["--data", folder, "--epochs", 8, "--batch-size", 4]
-    run_group(2, LENET, *args, "--out", "calm", cwd=tmp_path)
     process = torchrun("--max-restarts=3", ROOT / LENET, *args, "--out", "killed", cwd=tmp_path)
+    run_group(2, LENET, *args, "--out", "calm", cwd=tmp_path)  # while torchrun starts
     while not (tmp_path / "killed/last.pt").exists():
         time.sleep(0.02)
     os.kill(max(children(process.pid)), signal.SIGKILL)
