@@ -149,8 +149,6 @@ class RecipeParser(ArgumentParser):
         amx = torch.cpu.get_capabilities().get("amx_bf16", False)
         fast = torch.cuda.is_bf16_supported(False) if args.device.type == "cuda" else amx
         args.amp = args.tuned and fast if args.amp is None else args.amp  # by itself where it is fast
-        if args.compile and args.device.type == "cpu":
-            raise UserError("--compile is for GPUs: on a CPU these networks are slower with it")
         settings = {name: value for name, value in vars(args).items() if name not in ("out", "resume")}
         args.settings = json.loads(json.dumps(settings, default=str))  # plain Python values
         args.recipe, args.checkpoint, args.writer = self.file, checkpoint, None
@@ -416,8 +414,7 @@ def read_table(root, name):
 
 
 def draw_digits(part, spec):
-    """Synthetic images of the digits, uint8 (size, size, C), the same ones every time, and which digit: in
-    varying font, place, size, rotation, color and noise; 10,000 to train on, 2,000 to test on."""
+    """(synthetic image of a digit, uint8 (size, size, C), digit) pairs, the same ones every time."""
     count = 10_000 if part == "train" else 2_000
     rng, shape, pairs = np.random.default_rng(count), (spec.size, spec.size, spec.channels), []
     spec.classes = list("0123456789")
@@ -438,9 +435,7 @@ def draw_digits(part, spec):
 
 def read_torchvision(name, part, args, spec):
     """(image, class index) pairs of a torchvision data set; sets spec.classes."""
-    from torchvision import datasets  # here, since it takes a second and prediction does not need it
-
-    dataset = getattr(datasets, name)
+    dataset = getattr(importlib.import_module("torchvision.datasets"), name)  # a second, only if needed
     parameters = inspect.signature(dataset).parameters
     options = {"train": part == "train"} if {"train", "kwargs"} & {*parameters} else {}
     if "split" in parameters:  # EMNIST has both: "balanced" are its 47 letters and digits
@@ -476,7 +471,7 @@ def open_or_download(dataset, options, args):
             return dataset(folder, download=True, **options)
         except problems as error:
             problem = error
-    ways = "remove what is there, name a folder that has it with --data, or use --data drawn"
+    ways = "remove what is there, or use --data drawn"
     raise UserError(f"{name} does not download to {folder} ({problem}): {ways}")
 
 
@@ -496,8 +491,7 @@ def load_images(pairs, spec, args):
     images = torch.from_numpy(np.zeros(shape, np.uint8))  # NumPy asks for huge pages
     for batch in progress_bar(dataset.indices.split(1024), "reading", args):
         images[batch] = dataset[batch][0].movedim(1, -1)
-    device = args.device if args.device.type == "cuda" else "cpu"
-    return ImageDataset(images.to(device), dataset.labels.to(device), spec)
+    return ImageDataset(images.to(args.device), dataset.labels.to(args.device), spec)
 
 
 def unpack():
@@ -688,12 +682,9 @@ def shuffle(count, args, epoch):
 def one_cycle(optimizer, train_set, args):
     """The learning-rate schedule of `--tuned`, stepped after every batch: up to args.lr in a quarter of the
     run, then down to 0, in straight lines (Smith and Topin, arXiv 1708.07120)."""
-    steps = args.epochs * math.ceil(len(train_set) / args.batch_size)
-    peak = max(1, steps // 4)
-    factor = lambda step: min((step + 1) / peak, (steps - step) / (steps - peak + 1))  # noqa: E731
-    scheduler = lr_scheduler.LambdaLR(optimizer, factor)
-    scheduler.per_batch = True
-    return scheduler
+    steps = max(3, args.epochs * math.ceil(len(train_set) / args.batch_size))
+    shape = {"anneal_strategy": "linear", "cycle_momentum": False, "div_factor": max(1, steps // 4)}
+    return lr_scheduler.OneCycleLR(optimizer, args.lr, steps, pct_start=max(0.25, 2 / steps), **shape)
 
 
 def step_scheduler(scheduler, row=None):
@@ -706,8 +697,7 @@ def step_scheduler(scheduler, row=None):
 
 
 def open_run(args):
-    """Make the run folder, in which no other process may train until this one ends; move an earlier run in it
-    aside. With `--tensorboard`, `args.writer` writes to it."""
+    """Make the run folder and lock it; move an earlier run in it aside. Sets `args.writer`."""
     out = Path(args.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -741,14 +731,12 @@ def start_or_resume(model, optimizer, scheduler, train_set, args):
     setup |= {"optimizer": type(optimizer).__name__, "scheduler": type(scheduler).__name__}
     setup["epochs of the schedule"] = args.epochs if args.tuned else None
     run = {"format": FORMAT, "recipe": args.recipe.stem, "settings": args.settings, "spec": spec}
-    run |= {"setup": setup, "history": [], "losses": []}
-    run |= {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+    run |= {"setup": setup, "model": model, "optimizer": optimizer, "scheduler": scheduler}
     if not saved:
-        return run
+        return run | {"history": [], "losses": []}
     for name, value in setup.items():
         if name not in MAY_CHANGE and value != (before := saved["setup"].get(name)):
-            change = f"{name} from {before} to {value}"
-            raise UserError(f"--resume cannot change {change}: keep it, or name another --out")
+            raise UserError(f"--resume cannot change {name} from {before} to {value}: name another --out")
     try:
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
@@ -761,8 +749,7 @@ def start_or_resume(model, optimizer, scheduler, train_set, args):
 
 
 def save_epoch(run, row, losses, args):
-    """Add an epoch to a run, and return that. Print it, and write it to TensorBoard, where the x axis is the
-    step; last.pt is written last of all, and with it the epoch is complete."""
+    """Return the run with an epoch more, saved, last.pt last of all, printed, and sent to TensorBoard."""
     run = {**run, "history": [*run["history"], row], "losses": run["losses"] + losses}
     if not is_main_process():
         return run
@@ -820,8 +807,7 @@ def load_checkpoint(path: str | Path, any_format: bool = False) -> dict:
         if not finite or checkpoint["format"] != FORMAT:
             raise ValueError
     except Exception:  # damaged bytes can raise anything in there
-        reason = f"it is damaged, or not finite, or no checkpoint of this version ({FORMAT})"
-        raise UserError(f"{path} is refused: {reason}") from None
+        raise UserError(f"{path} is damaged, not finite, or not of this version ({FORMAT})") from None
     return checkpoint
 
 
@@ -838,10 +824,8 @@ def describe_run(model, train_set, test_set, augment, args):
 
     if not args.quiet:
         print(f"  {'layer':<20}{'kind':<22}{'output':<18}{'parameters':>12}")
-        hook = nn.modules.module.register_module_forward_hook(print_layer)
-        with torch.no_grad():
+        with nn.modules.module.register_module_forward_hook(print_layer), torch.no_grad():
             model.eval()(torch.zeros(1, spec.channels, spec.size, spec.size, device=args.device))
-        hook.remove()
     count, on = sum(p.numel() for p in model.parameters()), "bfloat16" if args.amp else "float32"
     print(f"{args.recipe.stem} on {args.device} in {on}: {count:,} parameters, {len(spec.classes)} classes")
     images = f"{len(train_set):,} + {len(test_set):,} images (training + {args.evaluated_on})"
@@ -849,11 +833,8 @@ def describe_run(model, train_set, test_set, augment, args):
     if HAS_MATPLOTLIB:
         images, labels = train_set[torch.randperm(len(train_set))[:8]]
         augmented = augment(images) if augment else images
-        if augmented.is_floating_point():
-            augmented = (augmented * 255).clamp(0, 255).byte()
         titles = [spec.classes[label] for label in labels.tolist()] + [""] * len(labels)
-        heading = "Training images; below, as the network gets them"
-        figure = draw_grid(torch.cat([images, augmented]).cpu(), titles, heading)
+        figure = draw_grid([*images.cpu(), *augmented.cpu()], titles, "Training images; below, augmented")
         figure.savefig(Path(args.out, "samples.png"))
         if args.writer:
             args.writer.add_figure("samples", figure)
@@ -880,7 +861,7 @@ def report(history, predictions, test_set, args):
 
 
 def draw_grid(images, titles, heading, marked=()):
-    """A matplotlib figure of uint8 images (N, C, H, W) with a title each, red if its index is in `marked`."""
+    """A matplotlib figure of images (C, H, W), uint8 or from 0 to 1, with titles, those `marked` red."""
     from matplotlib.figure import Figure
 
     rows = math.ceil(len(images) / 8)
@@ -889,7 +870,8 @@ def draw_grid(images, titles, heading, marked=()):
     for i, (image, title) in enumerate(zip(images, titles, strict=True)):
         axes = figure.add_subplot(rows, 8, i + 1)
         axes.set_axis_off()
-        axes.imshow(image.movedim(0, -1).numpy(), cmap="gray", vmin=0, vmax=255)
+        white = 1 if image.is_floating_point() else 255
+        axes.imshow(image.movedim(0, -1).numpy(), cmap="gray", vmin=0, vmax=white)
         text = "\n".join(printable(line)[:15] for line in title.split("\n"))
         axes.set_title(text, size=8, color="red" if i in marked else "black", parse_math=False)
     return figure
