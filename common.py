@@ -219,10 +219,6 @@ def get_world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def is_main_process() -> bool:
-    return get_rank() == 0
-
-
 def all_reduce(tensor: torch.Tensor) -> torch.Tensor:
     """The sum of a tensor over all processes, in place."""
     if dist.is_initialized():
@@ -434,7 +430,7 @@ def draw_digits(part, spec):
 
 
 def read_torchvision(name, part, args, spec):
-    """(image, class index) pairs of a torchvision data set; sets spec.classes."""
+    """(image, class index) pairs of a torchvision data set, downloaded where it is not; sets spec.classes."""
     dataset = getattr(importlib.import_module("torchvision.datasets"), name)  # a second, only if needed
     parameters = inspect.signature(dataset).parameters
     options = {"train": part == "train"} if {"train", "kwargs"} & {*parameters} else {}
@@ -445,9 +441,8 @@ def read_torchvision(name, part, args, spec):
     data = open_or_download(dataset, options, args)
     labels = [getattr(data, key) for key in ("targets", "labels", "_labels") if hasattr(data, key)]
     labels = np.asarray(labels[0] if labels else [label for _, label in data]).tolist()
-    images = [(data, i) for i in range(len(data))]
-    if hasattr(data, "data"):  # some have (3, H, W) for an image
-        images = [image.transpose(1, 2, 0) if len(image) == 3 else image for image in np.asarray(data.data)]
+    as_arrays = hasattr(data, "data") and len(data.data[0]) != 3  # some have (3, H, W) for an image
+    images = np.asarray(data.data) if as_arrays else [(data, i) for i in range(len(data))]
     classes = getattr(data, "classes", range(max(labels) + 1))
     spec.classes = [str(label).split(" - ")[0] for label in classes]  # MNIST's are "0 - zero"
     return list(zip(images, labels, strict=True))
@@ -471,8 +466,7 @@ def open_or_download(dataset, options, args):
             return dataset(folder, download=True, **options)
         except problems as error:
             problem = error
-    ways = "remove what is there, or use --data drawn"
-    raise UserError(f"{name} does not download to {folder} ({problem}): {ways}")
+    raise UserError(f"{name} does not download to {folder}, {problem}: remove what is there, or --data drawn")
 
 
 def load_images(pairs, spec, args):
@@ -530,9 +524,8 @@ def random_flip_and_crop(images: torch.Tensor, padding: int, flip: bool = True) 
     dy, dx = torch.randint(-padding, padding + 1, (2, n, 1), device=device)
     rows = height - 1 - (height - 1 - (torch.arange(height, device=device) + dy).abs()).abs()  # (N, H)
     columns = width - 1 - (width - 1 - (torch.arange(width, device=device) + dx).abs()).abs()  # (N, W)
-    if flip:
-        flipped = torch.rand(n, 1, device=device) < 0.5
-        columns = torch.where(flipped, width - 1 - columns, columns)
+    flipped = torch.rand(n, 1, device=device) < (0.5 if flip else 0.0)
+    columns = torch.where(flipped, width - 1 - columns, columns)
     first = torch.arange(n, device=device)[:, None, None] * height * width
     indices = first + rows[:, :, None] * width + columns[:, None, :]  # (N, H, W): where each pixel comes from
     pixels = images.movedim(1, -1).reshape(-1, channels)  # one gather is half the work of pad, flip and crop
@@ -554,7 +547,7 @@ def load_batches(dataset, order, batch_size, args, title, augment=None, metrics=
 
 def progress_bar(steps, title, args):
     """A tqdm bar over these steps, of the main process and shown where stderr is a terminal."""
-    hidden = args.quiet or not is_main_process() or None  # None: unless stderr is a terminal
+    hidden = args.quiet or get_rank() > 0 or None  # None: unless stderr is a terminal
     form = "{desc} |{bar}| {percentage:3.0f}%, {remaining} left{postfix}"
     return tqdm(steps, title, disable=hidden, leave=False, mininterval=0.5, bar_format=form)
 
@@ -592,7 +585,7 @@ def fit(model, train_set, test_set, loss_fn, optimizer, args, scheduler=None, au
         augment = lambda images: torch.stack([transform(image) for image in images])  # noqa: E731
     model.to(args.device, memory_format=torch.channels_last)  # the layout that convolutions are fastest with
     run, predictions = start_or_resume(model, optimizer, scheduler, train_set, args), None
-    if is_main_process():
+    if get_rank() == 0:
         open_run(args)
         describe_run(model, train_set, test_set, augment, args)
     args.checkpoint = None  # its memory is needed
@@ -719,9 +712,7 @@ def open_run(args):
             file.rename(aside / file.name)
         print(f"{out} had an earlier run, which is in {aside} now")
     if args.tensorboard:
-        from torch.utils.tensorboard import SummaryWriter
-
-        args.writer = SummaryWriter(out)
+        args.writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter(out)
 
 
 def start_or_resume(model, optimizer, scheduler, train_set, args):
@@ -738,10 +729,9 @@ def start_or_resume(model, optimizer, scheduler, train_set, args):
         if name not in MAY_CHANGE and value != (before := saved["setup"].get(name)):
             raise UserError(f"--resume cannot change {name} from {before} to {value}: name another --out")
     try:
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        if scheduler:
-            scheduler.load_state_dict(saved["scheduler"])
+        for name, value in run.items():
+            if hasattr(value, "load_state_dict"):
+                value.load_state_dict(saved[name])
     except Exception as error:  # a file can have anything in it
         first = str(error).split("\n\t")[:2][-1]  # of all differences
         raise UserError(f"--resume cannot continue with another network or optimizer: {first}") from None
@@ -751,7 +741,7 @@ def start_or_resume(model, optimizer, scheduler, train_set, args):
 def save_epoch(run, row, losses, args):
     """Return the run with an epoch more, saved, last.pt last of all, printed, and sent to TensorBoard."""
     run = {**run, "history": [*run["history"], row], "losses": run["losses"] + losses}
-    if not is_main_process():
+    if get_rank() > 0:
         return run
     history = [[one[name] for name in COLUMNS] for one in run["history"]]
     tables = ("history.csv", COLUMNS, history), ("loss.csv", ["step", "train_loss"], run["losses"])
@@ -879,7 +869,7 @@ def draw_grid(images, titles, heading, marked=()):
 
 def draw_results(run, predictions, test_set, args):
     """curves.png, confusion.png and mistakes.png, of the epochs so far."""
-    if not (HAS_MATPLOTLIB and is_main_process() and predictions):
+    if not HAS_MATPLOTLIB or get_rank() > 0 or not predictions:
         return
     from matplotlib.figure import Figure
 
