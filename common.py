@@ -137,7 +137,7 @@ class RecipeParser(ArgumentParser):
         if args.tuned:
             self.set_defaults(**self.tuned)  # as defaults, so that a flag on the command line still wins
         last, restarts = Path(args.out, "last.pt"), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        if args.resume or (restarts != "0" and last.exists()):
+        if last.exists() and (args.resume or restarts != "0"):
             checkpoint = load_checkpoint(last)
             self.set_defaults(**checkpoint["settings"])
         args = super().parse_args(argv)
@@ -259,8 +259,7 @@ class Spec:
 
 
 def decode(file: str | Path) -> np.ndarray | None:
-    """An image file as uint8 RGB (H, W, 3), rotated as EXIF says; with an alpha channel, on white and as it
-    is. None where it is unreadable."""
+    """An image file as uint8 RGB (H, W, 3), rotated as EXIF says, or alpha on white; None if unreadable."""
     if not Path(file).is_file():  # a named pipe would have us wait
         return None
     try:
@@ -294,8 +293,7 @@ def prepare(image: np.ndarray, spec: Spec) -> np.ndarray:
 
 
 def read_images(sources: Sequence, spec: Spec) -> Iterator[np.ndarray | None]:
-    """Yield uint8 (size, size, channels) for each source, None where it is unreadable, decoded in threads. A
-    source is a file, a decoded image, or (data set of torchvision, index)."""
+    """Yield uint8 (size, size, channels), None if unreadable, for each file, image, or (data set, index)."""
 
     def read(source):
         if isinstance(source, tuple):
@@ -601,14 +599,11 @@ def fit(model, train_set, test_set, loss_fn, optimizer, args, scheduler=None, au
             run = save_epoch(run, row, losses, args)
             if after_epoch and after_epoch(row):
                 break
-    except (KeyboardInterrupt, UserError) as stop:
-        epoch = len(run["history"]) if Path(args.out, "last.pt").exists() else 0
-        saved = f"{f'epoch {epoch}' if epoch else 'no epoch'} is saved in {args.out}"
-        if isinstance(stop, KeyboardInterrupt):
-            draw_results(run, predictions, test_set, args)
-            command = ["python", os.path.relpath(args.recipe), "--resume", "--out", args.out]
-            saved += f", continue with {shlex.join(command)}"
-        raise type(stop)(f"{stop}; {saved}") from None
+    except KeyboardInterrupt:
+        draw_results(run, predictions, test_set, args)
+        command = ["python", os.path.relpath(args.recipe), "--resume", "--out", args.out]
+        saved = f"; {len(run['history'])} epochs are saved in {args.out}, continue with {shlex.join(command)}"
+        raise KeyboardInterrupt(saved) from None
     predictions = predictions or evaluate(model, test_set, args)[1]  # of a complete run, resumed
     draw_results(run, predictions, test_set, args)
     report(run["history"], predictions, test_set, args)
@@ -663,8 +658,7 @@ def evaluate(model, dataset, args):
 
 
 def shuffle(count, args, epoch):
-    """The order of an epoch's images, int64 (N,). All that is random in an epoch is seeded here, so that a
-    resumed run equals an uninterrupted one."""
+    """The order of an epoch's images, int64 (N,). Seeds all that is random in it: runs resume exactly."""
     seed = args.seed * 1_000_003 + epoch
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     torch.manual_seed(seed + (get_rank() << 52))  # processes differ in augmentation and dropout
@@ -769,8 +763,7 @@ def save_epoch(run, row, losses, args):
 
 @contextlib.contextmanager
 def atomic_write(path: Path):
-    """Yields a temporary file's path; the file takes the place of `path` once it is complete, else never.
-    Raises UserError where it cannot be written."""
+    """Yields a temporary file's path, which replaces `path` once it is complete. Raises UserError."""
     try:
         with tempfile.TemporaryDirectory(".tmp", dir=path.parent) as folder:
             yield Path(folder, path.name)

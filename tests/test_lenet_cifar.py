@@ -135,7 +135,8 @@ def test_a_folder_that_goes_away_while_training_is_one_line_that_claims_nothing(
     (tmp_path / "runs").rename(tmp_path / "elsewhere")
     _, err = process.communicate(timeout=60)
     assert process.returncode == 2
-    one_error_line(err, "cannot write runs/lenet_cifar/", "no epoch is saved in")
+    one_error_line(err, "cannot write runs/lenet_cifar/")
+    assert "saved" not in err
 
 
 def test_resume_asks_for_more_epochs_or_says_why_not(tmp_path, folder):
