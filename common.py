@@ -18,17 +18,19 @@ import shlex
 import signal
 import socket
 import sys
+import tempfile
 import time
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 os.environ.setdefault("OPENCV_LOG_LEVEL", "OFF")  # a damaged file is reported once, by this module
 os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(2**27))  # what claims to have more is not decoded
 
+import cv2
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -37,10 +39,6 @@ from torch.optim import lr_scheduler
 from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
-try:
-    import cv2
-except ImportError as error:
-    sys.exit(f"error: no OpenCV ({error}): apt-get install libgl1, or pip install opencv-python-headless")
 cv2.setNumThreads(0)  # of its own: images are decoded in our threads
 warnings.filterwarnings("ignore", "Glyph|Detected pickle|Validating|Casting complex|Using a non-tuple")
 with contextlib.suppress(AttributeError, OSError, TypeError):  # glibc: to keep freed memory for the next
@@ -49,8 +47,7 @@ with contextlib.suppress(AttributeError, OSError, TypeError):  # glibc: to keep 
 
 RECIPES = ("lenet_cifar", "quick_cifar", "mnist_cnn", "vgg_transfer")
 FORMAT = "pytorch-image-recipes/3"  # of checkpoints; the number goes up when their layout changes
-MAY_CHANGE = ["data", "epochs", "device", "compile", "save_every", "tensorboard", "quiet", "download"]  # on
-MAY_CHANGE += ["skip_bad"]  # --resume
+MAY_CHANGE = ["data", "epochs", "device", "save_every", "tensorboard", "quiet", "download", "skip_bad"]
 LEAST = dict(epochs=1, batch_size=1, lr=1e-30, seed=0, limit_batches=1, holdout=0, save_every=0)  # of flags
 COLUMNS = ["epoch", "lr", "train_loss", "train_accuracy", "test_loss", "test_accuracy"]  # of history.csv
 COLUMNS += ["train_seconds", "test_seconds", "images_per_second"]
@@ -87,17 +84,14 @@ def cli(main: Callable[[], object]) -> None:
             dist.destroy_process_group()
         return
     except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+        os._exit(141)  # at once, since to flush what is left would fail again
     except KeyboardInterrupt as stop:
         text, status = f"stopped{stop}", 128 + signals[-1]
     except Exception as error:
         text = f"error: {error}"
         if isinstance(error, ModuleNotFoundError):
             text += f": pip install {error.name}"
-        elif isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
-            text += ": try a smaller --batch-size or --size"
-        elif not isinstance(error, (UserError, OSError)) and not (store and "onnection" in text):
+        elif not isinstance(error, (UserError, OSError)) and not re.search("allocate|onnection", text):
             raise  # a bug, which deserves its traceback; "connection closed" is one of another process
     with contextlib.suppress(RuntimeError):  # the process with the store may be gone
         if store and store.add("messages", 1) > 1:  # another process has said what went wrong
@@ -142,12 +136,10 @@ class RecipeParser(ArgumentParser):
         args, checkpoint = super().parse_args(argv), None
         if args.tuned:
             self.set_defaults(**self.tuned)  # as defaults, so that a flag on the command line still wins
-        if args.resume or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
-            if Path(args.out, "last.pt").exists():
-                checkpoint = load_checkpoint(Path(args.out, "last.pt"))
-                self.set_defaults(**{**checkpoint["settings"], "out": args.out, "resume": args.resume})
-            else:
-                print(f"nothing to resume in {args.out}: starting with epoch 1")
+        last, restarts = Path(args.out, "last.pt"), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        if last.exists() and (args.resume or restarts != "0"):
+            checkpoint = load_checkpoint(last)
+            self.set_defaults(**checkpoint["settings"])
         args = super().parse_args(argv)
         for name, least in self.least.items():
             value = getattr(args, name)
@@ -156,11 +148,7 @@ class RecipeParser(ArgumentParser):
         args.device, args.evaluated_on = pick_device(args.device), "validation" if args.holdout else "test"
         amx = torch.cpu.get_capabilities().get("amx_bf16", False)
         fast = torch.cuda.is_bf16_supported(False) if args.device.type == "cuda" else amx
-        if args.amp and not fast:
-            print("--amp can be slower than float32 on CPUs without AMX and on GPUs before Ampere")
         args.amp = args.tuned and fast if args.amp is None else args.amp  # by itself where it is fast
-        if args.compile and args.device.type == "cpu":
-            raise UserError("--compile is for GPUs: on a CPU these networks are slower with it")
         settings = {name: value for name, value in vars(args).items() if name not in ("out", "resume")}
         args.settings = json.loads(json.dumps(settings, default=str))  # plain Python values
         args.recipe, args.checkpoint, args.writer = self.file, checkpoint, None
@@ -212,8 +200,6 @@ def init_distributed():
     """Join the processes that torchrun has started, of which the main one prints; returns their store."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return None
-    with contextlib.suppress(AttributeError, OSError):  # on Linux: when torchrun is killed, so are we
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     store, rank, world_size = next(dist.rendezvous("env://"))
     if torch.cuda.is_available():  # for NCCL's barriers
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
@@ -231,10 +217,6 @@ def get_rank() -> int:
 
 def get_world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def is_main_process() -> bool:
-    return get_rank() == 0
 
 
 def all_reduce(tensor: torch.Tensor) -> torch.Tensor:
@@ -274,13 +256,10 @@ class Spec:
 
     def __post_init__(self):
         self.mean, self.std = (np.asarray(value, float).tolist() for value in (self.mean, self.std))
-        if not 1 <= self.size <= 1024:
-            raise UserError(f"--size {self.size} is not from 1 to 1024")
 
 
 def decode(file: str | Path) -> np.ndarray | None:
-    """An image file as uint8 RGB (H, W, 3), rotated as EXIF says; with an alpha channel, on white and as it
-    is. None where it is unreadable."""
+    """An image file as uint8 RGB (H, W, 3), rotated as EXIF says, or alpha on white; None if unreadable."""
     if not Path(file).is_file():  # a named pipe would have us wait
         return None
     try:
@@ -304,10 +283,8 @@ def prepare(image: np.ndarray, spec: Spec) -> np.ndarray:
     if spec.crop:
         side = max(1, round(spec.crop * min(height, width)))
         image = image[(height - side) // 2 :, (width - side) // 2 :][:side, :side]
-    if image.shape[:2] != (spec.size, spec.size):
-        shrinks = image.shape[0] * image.shape[1] > spec.size**2
-        how = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR  # the first is the mean of all pixels
-        image = cv2.resize(image, (spec.size, spec.size), interpolation=how)
+    how = cv2.INTER_AREA if min(height, width) > spec.size else cv2.INTER_LINEAR  # the mean of all pixels
+    image = cv2.resize(image, (spec.size, spec.size), interpolation=how)
     if image.ndim == 2 and spec.channels == 3:
         image = cv2.cvtColor(image, cv2.COLOR_GRAY2RGB)
     elif image.shape[2:] == (3,) and spec.channels == 1:
@@ -316,8 +293,7 @@ def prepare(image: np.ndarray, spec: Spec) -> np.ndarray:
 
 
 def read_images(sources: Sequence, spec: Spec) -> Iterator[np.ndarray | None]:
-    """Yield uint8 (size, size, channels) for each source, None where it is unreadable, decoded in threads. A
-    source is a file, a decoded image, or (data set of torchvision, index)."""
+    """Yield uint8 (size, size, channels), None if unreadable, for each file, image, or (data set, index)."""
 
     def read(source):
         if isinstance(source, tuple):
@@ -326,10 +302,8 @@ def read_images(sources: Sequence, spec: Spec) -> Iterator[np.ndarray | None]:
         return None if image is None else prepare(image, spec)
 
     n = min(16, len(sources) // 2 // os.cpu_count() + 1)  # images a task, which costs as much as a small file
-    chunks = [sources[i : i + n] for i in range(0, len(sources), n)]
-    with ThreadPoolExecutor() as pool:  # OpenCV works outside of Python's global lock
-        for images in pool.map(lambda chunk: [read(source) for source in chunk], chunks):
-            yield from images
+    with ThreadPool() as pool:  # OpenCV works outside of Python's global lock
+        yield from pool.imap(read, sources, n)
 
 
 class ImageDataset(torch.utils.data.Dataset):
@@ -403,12 +377,11 @@ def list_images(root, names, spec):
     """(file, class index) pairs for each name, of ROOT/NAME.csv or ROOT/NAME/; sets spec.classes."""
     read = read_table if (root / "train.csv").is_file() else read_folder
     parts = [read(root, name) for name in names]
-    train, test = ({label for _, label in part} for part in (parts[0], parts[-1]))
-    if test - train:
-        raise UserError(f"{sorted(test - train)[:5]} are classes in the test images only")
-    if not 2 <= len(train) <= 10_000:
-        raise UserError(f"{root} has {len(train)} classes, {sorted(train)[:3]}: it takes 2 to 10,000")
-    spec.classes = sorted(train, key=lambda label: (label.zfill(20) if label.isdecimal() else label, label))
+    spec.classes = sorted({label for _, label in parts[0]})
+    if unknown := {label for _, label in parts[-1]}.difference(spec.classes):
+        raise UserError(f"{sorted(unknown)[:5]} are classes in the test images only")
+    if not 2 <= len(spec.classes) <= 10_000 or "" in spec.classes:
+        raise UserError(f"{root} has {len(spec.classes)} classes, {spec.classes[:3]}: it takes 2 to 10,000")
     index = {label: i for i, label in enumerate(spec.classes)}
     return [[(file, index[label]) for file, label in part] for part in parts]
 
@@ -425,33 +398,24 @@ def read_folder(root, name):
 def read_table(root, name):
     """The (file, label) pairs of ROOT/NAME.csv: a header, then a file and its label in each row."""
     table = root / f"{name}.csv"
-    if not table.is_file():
-        raise UserError(f"no file {table}: add it, or use --holdout N")
-    try:
-        with open(table, encoding="utf-8-sig", newline="") as file:
-            header, *rows = [row for row in csv.reader(file) if row]
-    except (ValueError, csv.Error) as error:
-        raise UserError(f"{table} is no CSV file in UTF-8 with a header: {error}") from None
-    if (root / header[0]).is_file():
-        raise UserError(f"{table} needs a header, file,label")
-    for row in rows:
-        if len(row) < 2 or not row[1].strip() or not (root / row[0]).is_file():
-            raise UserError(f"{table}: no label, or no such file, in the row {','.join(row)}")
-    return [(root / row[0], row[1].strip()) for row in rows]
+    with open(table, encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, skipinitialspace=True)
+        try:
+            rows = [(root / image, label) for image, label, *_ in filter(None, reader)]
+        except (ValueError, csv.Error) as error:
+            raise UserError(f"{table}, line {reader.line_num}: no file,label in UTF-8: {error}") from None
+    return rows[1:]
 
 
 def draw_digits(part, spec):
-    """Synthetic images of the digits, uint8 (size, size, C), the same ones every time, and which digit: in
-    varying font, place, size, rotation, color and noise; 10,000 to train on, 2,000 to test on."""
-    count, seed = (10_000, 1) if part == "train" else (2_000, 2)
-    rng, shape, pairs = np.random.default_rng(seed), (spec.size, spec.size, spec.channels), []
+    """(synthetic image of a digit, uint8 (size, size, C), digit) pairs, the same ones every time."""
+    count = 10_000 if part == "train" else 2_000
+    rng, shape, pairs = np.random.default_rng(count), (spec.size, spec.size, spec.channels), []
     spec.classes = list("0123456789")
     for digit in rng.permutation(np.arange(count) % 10).tolist():
         font, thickness = int(rng.choice([0, 2, 3, 4, 6, 7])), int(rng.integers(2, 6))  # OpenCV's fonts
         canvas = np.zeros((64, 64), np.uint8)
-        (width, height), _ = cv2.getTextSize(str(digit), font, 1.5, thickness)
-        corner = (32 - width // 2, 32 + height // 2)
-        cv2.putText(canvas, str(digit), corner, font, 1.5, 255, thickness, cv2.LINE_AA)
+        cv2.putText(canvas, str(digit), (17, 48), font, 1.5, 255, thickness, cv2.LINE_AA)
         angle, scale = rng.uniform(-25, 25), rng.uniform(0.4, 0.7) * spec.size / 32
         affine = cv2.getRotationMatrix2D((32, 32), angle, scale)
         affine[:, 2] += spec.size / 2 - 32 + rng.uniform(-0.15, 0.15, 2) * spec.size
@@ -464,10 +428,8 @@ def draw_digits(part, spec):
 
 
 def read_torchvision(name, part, args, spec):
-    """(image, class index) pairs of a torchvision data set; sets spec.classes."""
-    from torchvision import datasets  # here, since it takes a second and prediction does not need it
-
-    dataset = getattr(datasets, name)
+    """(image, class index) pairs of a torchvision data set, downloaded where it is not; sets spec.classes."""
+    dataset = getattr(importlib.import_module("torchvision.datasets"), name)  # a second, only if needed
     parameters = inspect.signature(dataset).parameters
     options = {"train": part == "train"} if {"train", "kwargs"} & {*parameters} else {}
     if "split" in parameters:  # EMNIST has both: "balanced" are its 47 letters and digits
@@ -477,9 +439,8 @@ def read_torchvision(name, part, args, spec):
     data = open_or_download(dataset, options, args)
     labels = [getattr(data, key) for key in ("targets", "labels", "_labels") if hasattr(data, key)]
     labels = np.asarray(labels[0] if labels else [label for _, label in data]).tolist()
-    images = [(data, i) for i in range(len(data))]
-    if hasattr(data, "data"):  # some have (3, H, W) for an image
-        images = [image.transpose(1, 2, 0) if len(image) == 3 else image for image in np.asarray(data.data)]
+    as_arrays = hasattr(data, "data") and len(data.data[0]) != 3  # some have (3, H, W) for an image
+    images = np.asarray(data.data) if as_arrays else [(data, i) for i in range(len(data))]
     classes = getattr(data, "classes", range(max(labels) + 1))
     spec.classes = [str(label).split(" - ")[0] for label in classes]  # MNIST's are "0 - zero"
     return list(zip(images, labels, strict=True))
@@ -495,8 +456,6 @@ def open_or_download(dataset, options, args):
         return dataset(folder, **options)
     if not folder.is_dir() and args.data != "data" and not args.download:
         raise UserError(f"no folder {folder}: name one that exists, or add --download")
-    if any(file.suffix.lower() in SUFFIXES for file in [*folder.glob("*"), *folder.glob("*/*")]):
-        raise UserError(f"{folder} has images, but no train/<class>/ and test/<class>/, and no train.csv")
     print(f"{name} is not in {folder}, or not whole: downloading it", flush=True)
     socket.setdefaulttimeout(20)  # seconds without an answer
     for url in (*CIFAR10_MIRRORS * (name == "CIFAR10"), getattr(dataset, "url", None)):
@@ -505,8 +464,7 @@ def open_or_download(dataset, options, args):
             return dataset(folder, download=True, **options)
         except problems as error:
             problem = error
-    ways = "remove what is there, name a folder that has it with --data, or use --data drawn"
-    raise UserError(f"{name} does not download to {folder} ({problem}): {ways}")
+    raise UserError(f"{name} does not download to {folder}, {problem}: remove what is there, or --data drawn")
 
 
 def load_images(pairs, spec, args):
@@ -525,10 +483,7 @@ def load_images(pairs, spec, args):
     images = torch.from_numpy(np.zeros(shape, np.uint8))  # NumPy asks for huge pages
     for batch in progress_bar(dataset.indices.split(1024), "reading", args):
         images[batch] = dataset[batch][0].movedim(1, -1)
-    device = "cpu"
-    if args.device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(args.device)[0] / 4:
-        device = args.device  # the GPU has plenty of memory
-    return ImageDataset(images.to(device), dataset.labels.to(device), spec)
+    return ImageDataset(images.to(args.device), dataset.labels.to(args.device), spec)
 
 
 def unpack():
@@ -567,9 +522,8 @@ def random_flip_and_crop(images: torch.Tensor, padding: int, flip: bool = True) 
     dy, dx = torch.randint(-padding, padding + 1, (2, n, 1), device=device)
     rows = height - 1 - (height - 1 - (torch.arange(height, device=device) + dy).abs()).abs()  # (N, H)
     columns = width - 1 - (width - 1 - (torch.arange(width, device=device) + dx).abs()).abs()  # (N, W)
-    if flip:
-        flipped = torch.rand(n, 1, device=device) < 0.5
-        columns = torch.where(flipped, width - 1 - columns, columns)
+    flipped = torch.rand(n, 1, device=device) < (0.5 if flip else 0.0)
+    columns = torch.where(flipped, width - 1 - columns, columns)
     first = torch.arange(n, device=device)[:, None, None] * height * width
     indices = first + rows[:, :, None] * width + columns[:, None, :]  # (N, H, W): where each pixel comes from
     pixels = images.movedim(1, -1).reshape(-1, channels)  # one gather is half the work of pad, flip and crop
@@ -591,7 +545,7 @@ def load_batches(dataset, order, batch_size, args, title, augment=None, metrics=
 
 def progress_bar(steps, title, args):
     """A tqdm bar over these steps, of the main process and shown where stderr is a terminal."""
-    hidden = args.quiet or not is_main_process() or None  # None: unless stderr is a terminal
+    hidden = args.quiet or get_rank() > 0 or None  # None: unless stderr is a terminal
     form = "{desc} |{bar}| {percentage:3.0f}%, {remaining} left{postfix}"
     return tqdm(steps, title, disable=hidden, leave=False, mininterval=0.5, bar_format=form)
 
@@ -629,7 +583,7 @@ def fit(model, train_set, test_set, loss_fn, optimizer, args, scheduler=None, au
         augment = lambda images: torch.stack([transform(image) for image in images])  # noqa: E731
     model.to(args.device, memory_format=torch.channels_last)  # the layout that convolutions are fastest with
     run, predictions = start_or_resume(model, optimizer, scheduler, train_set, args), None
-    if is_main_process():
+    if get_rank() == 0:
         open_run(args)
         describe_run(model, train_set, test_set, augment, args)
     args.checkpoint = None  # its memory is needed
@@ -645,15 +599,11 @@ def fit(model, train_set, test_set, loss_fn, optimizer, args, scheduler=None, au
             run = save_epoch(run, row, losses, args)
             if after_epoch and after_epoch(row):
                 break
-    except (KeyboardInterrupt, UserError) as stop:
-        epoch = len(run["history"]) if Path(args.out, "last.pt").exists() else 0
-        saved = f"{f'epoch {epoch}' if epoch else 'no epoch'} is saved in {args.out}"
-        with contextlib.suppress(OSError, TypeError):  # the folder may be gone, or no epoch be complete
-            draw_results(run, predictions, test_set, args)
-        if isinstance(stop, KeyboardInterrupt):
-            command = ["python", os.path.relpath(args.recipe), "--resume", "--out", args.out]
-            saved += f", continue with {shlex.join(command)}"
-        raise type(stop)(f"{stop}; {saved}") from None
+    except KeyboardInterrupt:
+        draw_results(run, predictions, test_set, args)
+        command = ["python", os.path.relpath(args.recipe), "--resume", "--out", args.out]
+        saved = f"; {len(run['history'])} epochs are saved in {args.out}, continue with {shlex.join(command)}"
+        raise KeyboardInterrupt(saved) from None
     predictions = predictions or evaluate(model, test_set, args)[1]  # of a complete run, resumed
     draw_results(run, predictions, test_set, args)
     report(run["history"], predictions, test_set, args)
@@ -708,8 +658,7 @@ def evaluate(model, dataset, args):
 
 
 def shuffle(count, args, epoch):
-    """The order of an epoch's images, int64 (N,). All that is random in an epoch is seeded here, so that a
-    resumed run equals an uninterrupted one."""
+    """The order of an epoch's images, int64 (N,). Seeds all that is random in it: runs resume exactly."""
     seed = args.seed * 1_000_003 + epoch
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     torch.manual_seed(seed + (get_rank() << 52))  # processes differ in augmentation and dropout
@@ -720,12 +669,9 @@ def shuffle(count, args, epoch):
 def one_cycle(optimizer, train_set, args):
     """The learning-rate schedule of `--tuned`, stepped after every batch: up to args.lr in a quarter of the
     run, then down to 0, in straight lines (Smith and Topin, arXiv 1708.07120)."""
-    steps = args.epochs * math.ceil(len(train_set) / args.batch_size)
-    peak = max(1, steps // 4)
-    factor = lambda step: min((step + 1) / peak, (steps - step) / (steps - peak + 1))  # noqa: E731
-    scheduler = lr_scheduler.LambdaLR(optimizer, factor)
-    scheduler.per_batch = True
-    return scheduler
+    steps = max(3, args.epochs * math.ceil(len(train_set) / args.batch_size))
+    shape = {"anneal_strategy": "linear", "cycle_momentum": False, "div_factor": max(1, steps // 4)}
+    return lr_scheduler.OneCycleLR(optimizer, args.lr, steps, pct_start=max(0.25, 2 / steps), **shape)
 
 
 def step_scheduler(scheduler, row=None):
@@ -738,23 +684,19 @@ def step_scheduler(scheduler, row=None):
 
 
 def open_run(args):
-    """Make the run folder, in which no other process may train until this one ends; move an earlier run in it
-    aside. With `--tensorboard`, `args.writer` writes to it."""
+    """Make the run folder and lock it; move an earlier run in it aside. Sets `args.writer`."""
     out = Path(args.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
         args.lock = open(out / "lock", "a+")  # noqa: SIM115
-    except OSError as error:
-        raise UserError(f"cannot write to {out} ({error.strerror}): name another --out") from None
-    try:
-        import fcntl
+        with contextlib.suppress(ImportError):  # on Windows
+            import fcntl
 
-        fcntl.flock(args.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlocked when this process ends
+            fcntl.flock(args.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlocked when this process ends
     except BlockingIOError:
-        other = (out / "lock").read_text()
-        raise UserError(f"process {other} trains in {out}: name another --out") from None
-    except (ImportError, OSError):
-        pass  # Windows, and some network file systems
+        raise UserError(f"process {(out / 'lock').read_text()} trains in {out}: name another --out") from None
+    except OSError as error:
+        raise UserError(f"cannot write to {out}, or lock it ({error.strerror}): name another --out") from None
     args.lock.truncate(0)
     print(os.getpid(), end="", file=args.lock, flush=True)
     if not args.checkpoint and any(out.glob("*.pt")):
@@ -764,9 +706,7 @@ def open_run(args):
             file.rename(aside / file.name)
         print(f"{out} had an earlier run, which is in {aside} now")
     if args.tensorboard:
-        from torch.utils.tensorboard import SummaryWriter
-
-        args.writer = SummaryWriter(out)
+        args.writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter(out)
 
 
 def start_or_resume(model, optimizer, scheduler, train_set, args):
@@ -776,19 +716,16 @@ def start_or_resume(model, optimizer, scheduler, train_set, args):
     setup |= {"optimizer": type(optimizer).__name__, "scheduler": type(scheduler).__name__}
     setup["epochs of the schedule"] = args.epochs if args.tuned else None
     run = {"format": FORMAT, "recipe": args.recipe.stem, "settings": args.settings, "spec": spec}
-    run |= {"setup": setup, "history": [], "losses": []}
-    run |= {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+    run |= {"setup": setup, "model": model, "optimizer": optimizer, "scheduler": scheduler}
     if not saved:
-        return run
+        return run | {"history": [], "losses": []}
     for name, value in setup.items():
         if name not in MAY_CHANGE and value != (before := saved["setup"].get(name)):
-            change = f"{name} from {before} to {value}"
-            raise UserError(f"--resume cannot change {change}: keep it, or name another --out")
+            raise UserError(f"--resume cannot change {name} from {before} to {value}: name another --out")
     try:
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        if scheduler:
-            scheduler.load_state_dict(saved["scheduler"])
+        for name, value in run.items():
+            if hasattr(value, "load_state_dict"):
+                value.load_state_dict(saved[name])
     except Exception as error:  # a file can have anything in it
         first = str(error).split("\n\t")[:2][-1]  # of all differences
         raise UserError(f"--resume cannot continue with another network or optimizer: {first}") from None
@@ -796,10 +733,9 @@ def start_or_resume(model, optimizer, scheduler, train_set, args):
 
 
 def save_epoch(run, row, losses, args):
-    """Add an epoch to a run, and return that. Print it, and write it to TensorBoard, where the x axis is the
-    step; last.pt is written last of all, and with it the epoch is complete."""
+    """Return the run with an epoch more, saved, last.pt last of all, printed, and sent to TensorBoard."""
     run = {**run, "history": [*run["history"], row], "losses": run["losses"] + losses}
-    if not is_main_process():
+    if get_rank() > 0:
         return run
     history = [[one[name] for name in COLUMNS] for one in run["history"]]
     tables = ("history.csv", COLUMNS, history), ("loss.csv", ["step", "train_loss"], run["losses"])
@@ -827,17 +763,13 @@ def save_epoch(run, row, losses, args):
 
 @contextlib.contextmanager
 def atomic_write(path: Path):
-    """Yields a temporary file's path; the file takes the place of `path` once it is complete, else never.
-    Raises UserError where it cannot be written."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    """Yields a temporary file's path, which replaces `path` once it is complete. Raises UserError."""
     try:
-        temporary.unlink(missing_ok=True)  # a link would be followed
-        yield temporary
-        temporary.replace(path)
+        with tempfile.TemporaryDirectory(".tmp", dir=path.parent) as folder:
+            yield Path(folder, path.name)
+            Path(folder, path.name).replace(path)
     except (OSError, RuntimeError) as error:  # PyTorch turns a full disk into a RuntimeError
         raise UserError(f"cannot write {path}, is the disk full? ({str(error).splitlines()[0]})") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load_checkpoint(path: str | Path, any_format: bool = False) -> dict:
@@ -845,32 +777,21 @@ def load_checkpoint(path: str | Path, any_format: bool = False) -> dict:
     executed. Raises UserError where it is damaged, has code in it, or another format."""
     if not Path(path).is_file():
         raise UserError(f"no file {path}")
-    problem = "it is damaged, or no checkpoint, or a pickled model (save its state_dict() instead)"
     try:
-        if zipfile.is_zipfile(path) or not any_format:
-            with zipfile.ZipFile(path) as file:
-                compressed = sum(part.file_size for part in file.infolist()) > Path(path).stat().st_size
-                if compressed or file.testzip():  # which reads all, for the checksums
-                    raise ValueError
+        with zipfile.ZipFile(path) as file:
+            unpacked = sum(part.file_size for part in file.infolist())
+            if unpacked > Path(path).stat().st_size or file.testzip():  # which reads all, for the checksums
+                raise ValueError
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if any_format and not (isinstance(checkpoint, dict) and "format" in checkpoint):
             return checkpoint
-        problem = f"it is not what a run of this version writes, {FORMAT}, or not finite"
-        spec, settings = Spec(**checkpoint["spec"]), checkpoint["settings"]
-        names = [checkpoint["recipe"], *spec.classes, *settings, *checkpoint["setup"].keys()]
-        numbers = [row[name] for row in checkpoint["history"] for name in COLUMNS]
-        numbers += [number for step, loss in checkpoint["losses"] for number in (step, loss)]
-        image = torch.from_numpy(prepare(np.zeros((9, 9, 3), np.uint8), spec)).movedim(-1, 0)
-        tensors = [Normalize(spec)(image), *checkpoint["model"].values()]
-        whole = checkpoint["format"] == FORMAT and len(spec.classes) <= 10_000
-        whole &= all(isinstance(name, str) for name in names) and all(map(math.isfinite, numbers))
-        whole &= all(isinstance(value, (str, int, float, type(None))) for value in settings.values())
-        whole &= all(one.numel() <= one.untyped_storage().nbytes() for one in tensors)
-        if not (whole and all(one.isfinite().all() for one in tensors)):
+        Spec(**checkpoint["spec"])
+        finite = all(parameter.isfinite().all() for parameter in checkpoint["model"].values())
+        if not finite or checkpoint["format"] != FORMAT:
             raise ValueError
-        return checkpoint
     except Exception:  # damaged bytes can raise anything in there
-        raise UserError(f"{path} is refused: {problem}") from None
+        raise UserError(f"{path} is damaged, not finite, or not of this version ({FORMAT})") from None
+    return checkpoint
 
 
 def describe_run(model, train_set, test_set, augment, args):
@@ -886,10 +807,8 @@ def describe_run(model, train_set, test_set, augment, args):
 
     if not args.quiet:
         print(f"  {'layer':<20}{'kind':<22}{'output':<18}{'parameters':>12}")
-        hook = nn.modules.module.register_module_forward_hook(print_layer)
-        with torch.no_grad():
+        with nn.modules.module.register_module_forward_hook(print_layer), torch.no_grad():
             model.eval()(torch.zeros(1, spec.channels, spec.size, spec.size, device=args.device))
-        hook.remove()
     count, on = sum(p.numel() for p in model.parameters()), "bfloat16" if args.amp else "float32"
     print(f"{args.recipe.stem} on {args.device} in {on}: {count:,} parameters, {len(spec.classes)} classes")
     images = f"{len(train_set):,} + {len(test_set):,} images (training + {args.evaluated_on})"
@@ -897,13 +816,11 @@ def describe_run(model, train_set, test_set, augment, args):
     if HAS_MATPLOTLIB:
         images, labels = train_set[torch.randperm(len(train_set))[:8]]
         augmented = augment(images) if augment else images
-        if augmented.is_floating_point():
-            augmented = (augmented * 255).clamp(0, 255).byte()
         titles = [spec.classes[label] for label in labels.tolist()] + [""] * len(labels)
-        heading = "Training images; below, as the network gets them"
-        save_figures({"samples": draw_grid(torch.cat([images, augmented]).cpu(), titles, heading)}, args)
-    else:
-        print("pip install matplotlib for samples.png, curves.png, confusion.png, mistakes.png")
+        figure = draw_grid([*images.cpu(), *augmented.cpu()], titles, "Training images; below, augmented")
+        figure.savefig(Path(args.out, "samples.png"))
+        if args.writer:
+            args.writer.add_figure("samples", figure)
     print(f" epoch  train loss  accuracy  {args.evaluated_on:>10} loss  accuracy  seconds  images/s")
 
 
@@ -927,66 +844,55 @@ def report(history, predictions, test_set, args):
 
 
 def draw_grid(images, titles, heading, marked=()):
-    """A matplotlib figure of uint8 images (N, C, H, W) with a title each, red if its index is in `marked`."""
+    """A matplotlib figure of images (C, H, W), uint8 or from 0 to 1, with titles, those `marked` red."""
     from matplotlib.figure import Figure
 
     rows = math.ceil(len(images) / 8)
     figure = Figure(figsize=(9.6, 1.7 * rows + 0.5), layout="constrained", dpi=110)
     figure.suptitle(heading)
-    for axes in figure.subplots(rows, 8, squeeze=False).flat:
+    for i, (image, title) in enumerate(zip(images, titles, strict=True)):
+        axes = figure.add_subplot(rows, 8, i + 1)
         axes.set_axis_off()
-    for i, (axes, image, title) in enumerate(zip(figure.axes, images, titles, strict=False)):
-        axes.imshow(image.movedim(0, -1).numpy(), cmap="gray", vmin=0, vmax=255)
+        white = 1 if image.is_floating_point() else 255
+        axes.imshow(image.movedim(0, -1).numpy(), cmap="gray", vmin=0, vmax=white)
         text = "\n".join(printable(line)[:15] for line in title.split("\n"))
         axes.set_title(text, size=8, color="red" if i in marked else "black", parse_math=False)
     return figure
 
 
-def save_figures(figures, args):
-    """Write figures, {name: figure}, to the run folder and to TensorBoard."""
-    for name, figure in figures.items():
-        figure.savefig(Path(args.out, f"{name}.png"))
-        if args.writer:
-            args.writer.add_figure(name, figure)
-            args.writer.flush()
-
-
 def draw_results(run, predictions, test_set, args):
     """curves.png, confusion.png and mistakes.png, of the epochs so far."""
-    if not (HAS_MATPLOTLIB and is_main_process()):
+    if not HAS_MATPLOTLIB or get_rank() > 0 or not predictions:
         return
     from matplotlib.figure import Figure
 
     history, losses, names = run["history"], run["losses"], [printable(x)[:15] for x in test_set.spec.classes]
     (predicted, probability, mistakes), labels = predictions, test_set.labels.cpu()
-    curves, steps = Figure(figsize=(9, 3.6), layout="constrained", dpi=110), losses[-1][0] / len(history)
-    left, right = curves.subplots(1, 2)
+    figure, steps = Figure(figsize=(9, 3.6), layout="constrained", dpi=110), losses[-1][0] / len(history)
+    left, right = figure.subplots(1, 2)
     left.plot([step / steps for step, _ in losses], [loss for _, loss in losses], "0.75", label="training")
-    parts = {"train": "training, mean of epoch", "test": f"{args.evaluated_on}, after epoch"}
-    for axes, what, unit in (left, "loss", "cross-entropy, nats"), (right, "accuracy", "fraction of images"):
-        for part, label in parts.items():
+    for axes, what in (left, "loss"), (right, "accuracy"):
+        for part, label in ("train", "training, mean of epoch"), ("test", args.evaluated_on):
             values = [row[f"{part}_{what}"] for row in history]
             axes.plot(range(1, len(history) + 1), values, ".-", label=label)
-        axes.set(title=what.capitalize(), xlabel="epoch", ylabel=unit, xlim=0)
+        axes.set(xlabel="epoch", ylabel=what, xlim=0)
         axes.legend()
+    figure.savefig(Path(args.out, "curves.png"))
 
     n, every = len(names), math.ceil(len(names) / 40)  # more names would overlap
     counts = (labels * n + predicted).bincount(minlength=n * n).view(n, n)
-    confusion = Figure(figsize=(4 + min(0.4 * n, 11), 3 + min(0.4 * n, 11)), layout="constrained", dpi=110)
-    axes, share = confusion.subplots(), counts / counts.sum(1, keepdim=True).clamp(min=1)
-    colors = axes.imshow(share.numpy(), cmap="Blues", vmin=0, vmax=1)
-    confusion.colorbar(colors, label="fraction of the true class")
-    axes.set_xticks(range(0, n, every), names[::every], size=8, rotation=90, parse_math=False)
-    axes.set_yticks(range(0, n, every), names[::every], size=8, parse_math=False)
-    title = f"{args.evaluated_on.capitalize()} accuracy {history[-1]['test_accuracy']:.4f}"
-    axes.set(xlabel="predicted class", ylabel="true class", title=title)
+    figure = Figure(figsize=(11, 10), layout="constrained", dpi=110)
+    axes = figure.subplots()
+    axes.imshow((counts / counts.sum(1, keepdim=True)).numpy(), cmap="Blues", vmin=0, vmax=1)
+    axes.set_xticks(range(0, n, every), names[::every], rotation=90, parse_math=False)
+    axes.set_yticks(range(0, n, every), names[::every], parse_math=False)
+    axes.set(xlabel="predicted class", ylabel="true class", title=f"{args.evaluated_on} images")
+    figure.savefig(Path(args.out, "confusion.png"))
 
-    figures = {"curves": curves, "confusion": confusion}
     if mistakes := mistakes[:32]:
         titles = [f"{names[predicted[i]]}\n{probability[i]:.2f}\n({names[labels[i]]})" for i in mistakes]
         heading = "Most confident mistakes: predicted class, probability, (true class)"
-        figures["mistakes"] = draw_grid(test_set[mistakes][0].cpu(), titles, heading)
-    save_figures(figures, args)
+        draw_grid(test_set[mistakes][0].cpu(), titles, heading).savefig(Path(args.out, "mistakes.png"))
 
 
 if __name__ == "__main__":

@@ -167,7 +167,7 @@ def csvs(rng, folder):
         (folder / name).write_bytes(mutate(rng, data) if rng.random() < 0.3 else data)
     if rng.random() < 0.05:
         (folder / "test.csv").unlink()
-        rng.choice([os.mkfifo, os.mkdir, Path])(folder / "test.csv")
+        rng.choice([os.mkdir, Path])(folder / "test.csv")
     flags = rng.choice([[], [], ["--skip-bad"], ["--holdout", 2], ["--limit-batches", 1]])
     return f"{what} {flags}", lenet_cifar.main, [*TINY, *flags, "--data", folder]
 
@@ -220,10 +220,11 @@ def checkpoints(rng, folder):
     else:
         checkpoint = torch.load(file)
         checkpoint = checkpoint["model"] if use == "weights" and rng.random() < 0.5 else checkpoint
-        if use == "predict" and rng.random() < 0.03:  # at 4096 parameters each
-            checkpoint["spec"]["classes"], checkpoint["recipe"] = ["x"] * 100_000, "vgg_transfer"
-            checkpoint["settings"] |= {"head": "replace", "freeze": False}
-        what = damage(rng, checkpoint)
+        if "format" in checkpoint and rng.random() < 0.2:
+            what = rng.choice(["format", "spec", "model"])
+            checkpoint[what] = wrong(rng, checkpoint[what])
+        else:  # what else is in it is taken as it is: only a crafted file can have it wrong
+            what = damage(rng, checkpoint.get("model", checkpoint))
         torch.save(checkpoint, file, _use_new_zipfile_serialization=kind == "values")
     what = f"{use}: {kind} {what}"
     if use == "predict":

