@@ -30,7 +30,6 @@ from pathlib import Path
 os.environ.setdefault("OPENCV_LOG_LEVEL", "OFF")  # a damaged file is reported once, by this module
 os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(2**27))  # what claims to have more is not decoded
 
-import cv2
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -39,6 +38,10 @@ from torch.optim import lr_scheduler
 from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
+try:
+    import cv2
+except ImportError as error:
+    sys.exit(f"error: no OpenCV ({error}): apt-get install libgl1, or pip install opencv-python-headless")
 cv2.setNumThreads(0)  # of its own: images are decoded in our threads
 warnings.filterwarnings("ignore", "Glyph|Detected pickle|Validating|Casting complex|Using a non-tuple")
 with contextlib.suppress(AttributeError, OSError, TypeError):  # glibc: to keep freed memory for the next
@@ -102,8 +105,7 @@ def cli(main: Callable[[], object]) -> None:
 
 def printable(text: str) -> str:
     """Text in one line, with control characters escaped."""
-    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(text.split()))
-    return line.encode(sys.stdout.encoding or "utf-8", "backslashreplace").decode(errors="replace")
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(text.split()))
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -121,8 +123,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 class RecipeParser(ArgumentParser):
     """The flags of all training scripts; with `--resume`, their defaults are the settings of the saved run.
-    tuned: what `--tuned` sets, {flag: value}; smallest: the least `--size` that the network can take;
-    defaults: the source's own numbers, and those of added flags."""
+    tuned: what `--tuned` sets, {flag: value}; smallest: the least `--size`; defaults: the source's."""
 
     def __init__(self, file: str, description: str, tuned: dict, smallest: int = 1, **defaults):
         self.file, self.tuned, self.least = Path(file), tuned, {**LEAST, "size": smallest}
@@ -139,7 +140,7 @@ class RecipeParser(ArgumentParser):
         last, restarts = Path(args.out, "last.pt"), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         if last.exists() and (args.resume or restarts != "0"):
             checkpoint = load_checkpoint(last)
-            self.set_defaults(**checkpoint["settings"])
+            self.set_defaults(**{**checkpoint["settings"], "out": args.out, "resume": args.resume})
         args = super().parse_args(argv)
         for name, least in self.least.items():
             value = getattr(args, name)
@@ -149,6 +150,8 @@ class RecipeParser(ArgumentParser):
         amx = torch.cpu.get_capabilities().get("amx_bf16", False)
         fast = torch.cuda.is_bf16_supported(False) if args.device.type == "cuda" else amx
         args.amp = args.tuned and fast if args.amp is None else args.amp  # by itself where it is fast
+        if args.compile and args.device.type == "cpu":
+            raise UserError("--compile is for GPUs: on a CPU these networks are slower with it")
         settings = {name: value for name, value in vars(args).items() if name not in ("out", "resume")}
         args.settings = json.loads(json.dumps(settings, default=str))  # plain Python values
         args.recipe, args.checkpoint, args.writer = self.file, checkpoint, None
@@ -173,7 +176,7 @@ def add_training_flags(parser):
     add("--seed", default=0, help="of everything that is random", **n)
     add("--holdout", default=0, help="validate on N training images, held out, not on the test set", **n)
     add = parser.add_argument_group("more").add_argument
-    add("--amp", help="bfloat16 mixed precision; by itself with --tuned where it is fast", **on_off)
+    add("--amp", help="bfloat16, slow on CPUs without AMX; by itself with --tuned if fast", **on_off)
     add("--compile", help="train with torch.compile, on a GPU", **switch)
     add("--limit-batches", help="use N batches of the data: a quick check", **n)
     add("--skip-bad", help="leave unreadable images out", **switch)
@@ -219,8 +222,11 @@ def get_world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def is_main_process() -> bool:
+    return get_rank() == 0
+
+
 def all_reduce(tensor: torch.Tensor) -> torch.Tensor:
-    """The sum of a tensor over all processes, in place."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
@@ -256,6 +262,8 @@ class Spec:
 
     def __post_init__(self):
         self.mean, self.std = (np.asarray(value, float).tolist() for value in (self.mean, self.std))
+        if not 1 <= self.size <= 1024:
+            raise UserError(f"--size {self.size} is not from 1 to 1024")
 
 
 def decode(file: str | Path) -> np.ndarray | None:
@@ -340,8 +348,7 @@ class ImageDataset(torch.utils.data.Dataset):
 
 
 def load_data(args, dataset: str, **spec) -> tuple[ImageDataset, ImageDataset]:
-    """The images to train on and to evaluate on, as `--data`, `--size`, `--holdout`, `--limit-batches` and
-    `--skip-bad` say. Raises UserError where they cannot be had.
+    """The images to train on and to evaluate on, as the flags say. Raises UserError where there are none.
     dataset: the name of the torchvision data set that a folder without images of one's own has or gets.
     spec: fields of `Spec`; the classes come from the data, the size from `--size`."""
     spec, names = Spec([], args.size, **spec), ["train"] if args.holdout else ["train", "test"]
@@ -397,13 +404,12 @@ def read_folder(root, name):
 
 def read_table(root, name):
     """The (file, label) pairs of ROOT/NAME.csv: a header, then a file and its label in each row."""
-    table = root / f"{name}.csv"
-    with open(table, encoding="utf-8-sig", newline="") as file:
+    with open(root / f"{name}.csv", encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, skipinitialspace=True)
         try:
             rows = [(root / image, label) for image, label, *_ in filter(None, reader)]
         except (ValueError, csv.Error) as error:
-            raise UserError(f"{table}, line {reader.line_num}: no file,label in UTF-8: {error}") from None
+            raise UserError(f"{file.name}, line {reader.line_num}: no file,label in UTF-8: {error}") from None
     return rows[1:]
 
 
@@ -545,7 +551,7 @@ def load_batches(dataset, order, batch_size, args, title, augment=None, metrics=
 
 def progress_bar(steps, title, args):
     """A tqdm bar over these steps, of the main process and shown where stderr is a terminal."""
-    hidden = args.quiet or get_rank() > 0 or None  # None: unless stderr is a terminal
+    hidden = args.quiet or not is_main_process() or None  # None: unless stderr is a terminal
     form = "{desc} |{bar}| {percentage:3.0f}%, {remaining} left{postfix}"
     return tqdm(steps, title, disable=hidden, leave=False, mininterval=0.5, bar_format=form)
 
@@ -576,14 +582,13 @@ def fit(model, train_set, test_set, loss_fn, optimizer, args, scheduler=None, au
     scheduler: any of torch.optim.lr_scheduler, see `step_scheduler`.
     augment: function of uint8 images (B, C, H, W) that returns such, or floats from 0 to 1; or a transform
         of torchvision.transforms.v2, which is called for each image.
-    after_epoch: function (row of history.csv), when the epoch is saved; True ends the run. `args.writer` is
-        TensorBoard's SummaryWriter, or None."""
+    after_epoch: function (row of history.csv), when the epoch is saved; True ends the run."""
     if isinstance(augment, nn.Module) or type(augment).__module__.startswith("torchvision."):
         transform = augment  # it draws once for all that it is given
         augment = lambda images: torch.stack([transform(image) for image in images])  # noqa: E731
     model.to(args.device, memory_format=torch.channels_last)  # the layout that convolutions are fastest with
     run, predictions = start_or_resume(model, optimizer, scheduler, train_set, args), None
-    if get_rank() == 0:
+    if is_main_process():
         open_run(args)
         describe_run(model, train_set, test_set, augment, args)
     args.checkpoint = None  # its memory is needed
@@ -599,11 +604,14 @@ def fit(model, train_set, test_set, loss_fn, optimizer, args, scheduler=None, au
             run = save_epoch(run, row, losses, args)
             if after_epoch and after_epoch(row):
                 break
-    except KeyboardInterrupt:
-        draw_results(run, predictions, test_set, args)
-        command = ["python", os.path.relpath(args.recipe), "--resume", "--out", args.out]
-        saved = f"; {len(run['history'])} epochs are saved in {args.out}, continue with {shlex.join(command)}"
-        raise KeyboardInterrupt(saved) from None
+    except (KeyboardInterrupt, UserError) as stop:
+        epochs = len(run["history"]) if Path(args.out, "last.pt").exists() else 0
+        saved = f"{stop}; {epochs} of {args.epochs} epochs are saved in {args.out}"
+        if isinstance(stop, KeyboardInterrupt):
+            draw_results(run, predictions, test_set, args)
+            command = ["python", os.path.relpath(args.recipe), "--resume", "--out", args.out]
+            saved += f", continue with {shlex.join(command)}"
+        raise type(stop)(saved) from None
     predictions = predictions or evaluate(model, test_set, args)[1]  # of a complete run, resumed
     draw_results(run, predictions, test_set, args)
     report(run["history"], predictions, test_set, args)
@@ -667,8 +675,7 @@ def shuffle(count, args, epoch):
 
 
 def one_cycle(optimizer, train_set, args):
-    """The learning-rate schedule of `--tuned`, stepped after every batch: up to args.lr in a quarter of the
-    run, then down to 0, in straight lines (Smith and Topin, arXiv 1708.07120)."""
+    """The schedule of `--tuned`: up to args.lr in a quarter of the run, then down to 0 (arXiv 1708.07120)."""
     steps = max(3, args.epochs * math.ceil(len(train_set) / args.batch_size))
     shape = {"anneal_strategy": "linear", "cycle_momentum": False, "div_factor": max(1, steps // 4)}
     return lr_scheduler.OneCycleLR(optimizer, args.lr, steps, pct_start=max(0.25, 2 / steps), **shape)
@@ -690,15 +697,13 @@ def open_run(args):
         out.mkdir(parents=True, exist_ok=True)
         args.lock = open(out / "lock", "a+")  # noqa: SIM115
         with contextlib.suppress(ImportError):  # on Windows
-            import fcntl
-
+            fcntl = importlib.import_module("fcntl")
             fcntl.flock(args.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlocked when this process ends
     except BlockingIOError:
         raise UserError(f"process {(out / 'lock').read_text()} trains in {out}: name another --out") from None
     except OSError as error:
         raise UserError(f"cannot write to {out}, or lock it ({error.strerror}): name another --out") from None
-    args.lock.truncate(0)
-    print(os.getpid(), end="", file=args.lock, flush=True)
+    (out / "lock").write_text(str(os.getpid()))
     if not args.checkpoint and any(out.glob("*.pt")):
         aside = next(path for n in range(1, 10**6) if not (path := Path(f"{out}-{n}")).exists())
         aside.mkdir()
@@ -735,7 +740,7 @@ def start_or_resume(model, optimizer, scheduler, train_set, args):
 def save_epoch(run, row, losses, args):
     """Return the run with an epoch more, saved, last.pt last of all, printed, and sent to TensorBoard."""
     run = {**run, "history": [*run["history"], row], "losses": run["losses"] + losses}
-    if get_rank() > 0:
+    if not is_main_process():
         return run
     history = [[one[name] for name in COLUMNS] for one in run["history"]]
     tables = ("history.csv", COLUMNS, history), ("loss.csv", ["step", "train_loss"], run["losses"])
@@ -845,9 +850,7 @@ def report(history, predictions, test_set, args):
 
 def draw_grid(images, titles, heading, marked=()):
     """A matplotlib figure of images (C, H, W), uint8 or from 0 to 1, with titles, those `marked` red."""
-    from matplotlib.figure import Figure
-
-    rows = math.ceil(len(images) / 8)
+    rows, Figure = math.ceil(len(images) / 8), importlib.import_module("matplotlib.figure").Figure
     figure = Figure(figsize=(9.6, 1.7 * rows + 0.5), layout="constrained", dpi=110)
     figure.suptitle(heading)
     for i, (image, title) in enumerate(zip(images, titles, strict=True)):
@@ -862,10 +865,9 @@ def draw_grid(images, titles, heading, marked=()):
 
 def draw_results(run, predictions, test_set, args):
     """curves.png, confusion.png and mistakes.png, of the epochs so far."""
-    if not HAS_MATPLOTLIB or get_rank() > 0 or not predictions:
+    if not (HAS_MATPLOTLIB and is_main_process() and predictions):
         return
-    from matplotlib.figure import Figure
-
+    Figure = importlib.import_module("matplotlib.figure").Figure
     history, losses, names = run["history"], run["losses"], [printable(x)[:15] for x in test_set.spec.classes]
     (predicted, probability, mistakes), labels = predictions, test_set.labels.cpu()
     figure, steps = Figure(figsize=(9, 3.6), layout="constrained", dpi=110), losses[-1][0] / len(history)
@@ -878,17 +880,16 @@ def draw_results(run, predictions, test_set, args):
         axes.set(xlabel="epoch", ylabel=what, xlim=0)
         axes.legend()
     figure.savefig(Path(args.out, "curves.png"))
-
     n, every = len(names), math.ceil(len(names) / 40)  # more names would overlap
     counts = (labels * n + predicted).bincount(minlength=n * n).view(n, n)
     figure = Figure(figsize=(11, 10), layout="constrained", dpi=110)
     axes = figure.subplots()
-    axes.imshow((counts / counts.sum(1, keepdim=True)).numpy(), cmap="Blues", vmin=0, vmax=1)
+    colors = axes.imshow((counts / counts.sum(1, keepdim=True)).numpy(), cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(colors, label="fraction of the true class")
     axes.set_xticks(range(0, n, every), names[::every], rotation=90, parse_math=False)
     axes.set_yticks(range(0, n, every), names[::every], parse_math=False)
     axes.set(xlabel="predicted class", ylabel="true class", title=f"{args.evaluated_on} images")
     figure.savefig(Path(args.out, "confusion.png"))
-
     if mistakes := mistakes[:32]:
         titles = [f"{names[predicted[i]]}\n{probability[i]:.2f}\n({names[labels[i]]})" for i in mistakes]
         heading = "Most confident mistakes: predicted class, probability, (true class)"

@@ -130,7 +130,7 @@ def test_an_image_that_cannot_be_read_while_streaming_is_named_or_left_out(tmp_p
     (tmp_path / "mine/train/ball/0.png").write_text("no image")
     args = ("--data", "mine", "--epochs", 2)
     _, err = run("lenet_cifar.py", *args, cwd=tmp_path, before=stream, status=2)
-    one_error_line(err, "mine/train/ball/0.png cannot be read")
+    one_error_line(err, "mine/train/ball/0.png cannot be read", "0 of 2 epochs are saved in")
     out, _ = run("lenet_cifar.py", *args, "--skip-bad", cwd=tmp_path, before=stream)
     assert "1 of 60 images are unreadable and left out" in out and "59 + 21 images" in out
     assert common.load_checkpoint(tmp_path / "runs/lenet_cifar/last.pt")["history"][1]["epoch"] == 2
