@@ -50,7 +50,7 @@ with contextlib.suppress(AttributeError, OSError, TypeError):  # glibc: to keep 
 
 RECIPES = ("lenet_cifar", "quick_cifar", "mnist_cnn", "vgg_transfer")
 FORMAT = "pytorch-image-recipes/3"  # of checkpoints; the number goes up when their layout changes
-MAY_CHANGE = ["data", "epochs", "device", "save_every", "tensorboard", "quiet", "download", "skip_bad"]
+FREE = ["data", "epochs", "device", "compile", "save_every", "tensorboard", "quiet", "download", "skip_bad"]
 LEAST = dict(epochs=1, batch_size=1, lr=1e-30, seed=0, limit_batches=1, holdout=0, save_every=0)  # of flags
 COLUMNS = ["epoch", "lr", "train_loss", "train_accuracy", "test_loss", "test_accuracy"]  # of history.csv
 COLUMNS += ["train_seconds", "test_seconds", "images_per_second"]
@@ -724,8 +724,8 @@ def start_or_resume(model, optimizer, scheduler, train_set, args):
     run |= {"setup": setup, "model": model, "optimizer": optimizer, "scheduler": scheduler}
     if not saved:
         return run | {"history": [], "losses": []}
-    for name, value in setup.items():
-        if name not in MAY_CHANGE and value != (before := saved["setup"].get(name)):
+    for name, value in setup.items():  # --resume may change what is free
+        if name not in FREE and value != (before := saved["setup"].get(name)):
             raise UserError(f"--resume cannot change {name} from {before} to {value}: name another --out")
     try:
         for name, value in run.items():

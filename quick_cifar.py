@@ -17,7 +17,7 @@ from torch import nn
 
 import common
 
-TUNED = dict(batch_size=64, lr=0.03)
+TUNED = dict(batch_size=96, lr=0.02)
 ACTIVATIONS = {"relu": nn.ReLU, "sigmoid": nn.Sigmoid, "tanh": nn.Tanh}
 
 
@@ -80,7 +80,7 @@ def main(argv=None):
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr)
     scheduler = augment = None
     if args.tuned:
-        options = {"momentum": 0.9, "nesterov": True, "weight_decay": 0.0005}
+        options = {"momentum": 0.95, "nesterov": True, "weight_decay": 0.0005}
         optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, **options)
         # Stepped after every batch; a scheduler of torch.optim is stepped as its documentation says.
         scheduler = common.one_cycle(optimizer, train_set, args)
