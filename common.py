@@ -54,8 +54,7 @@ FREE = ["data", "epochs", "device", "compile", "save_every", "tensorboard", "qui
 LEAST = dict(epochs=1, batch_size=1, lr=1e-30, seed=0, limit_batches=1, holdout=0, save_every=0)  # of flags
 COLUMNS = ["epoch", "lr", "train_loss", "train_accuracy", "test_loss", "test_accuracy"]  # of history.csv
 COLUMNS += ["train_seconds", "test_seconds", "images_per_second"]
-SUFFIXES = (".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm")
-SUFFIXES += (".tif", ".tiff", ".webp")
+SUFFIXES = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 HAS_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
 LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes on this machine, as torchrun says
 IN_MEMORY = 2 * 2**30 // LOCAL_WORLD_SIZE  # bytes: a larger data set is decoded batch by batch
@@ -790,9 +789,11 @@ def load_checkpoint(path: str | Path, any_format: bool = False) -> dict:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if any_format and not (isinstance(checkpoint, dict) and "format" in checkpoint):
             return checkpoint
-        Spec(**checkpoint["spec"])
-        finite = all(parameter.isfinite().all() for parameter in checkpoint["model"].values())
-        if not finite or checkpoint["format"] != FORMAT:
+        spec = Spec(**checkpoint["spec"])
+        image = torch.from_numpy(prepare(np.zeros((9, 9, 3), np.uint8), spec)).movedim(-1, 0)
+        tensors = [Normalize(spec)(image), *checkpoint["model"].values()]
+        finite = all(t.numel() <= t.untyped_storage().nbytes() and t.isfinite().all() for t in tensors)
+        if not finite or checkpoint["format"] != FORMAT or not 1 <= len(spec.classes) <= 10_000:
             raise ValueError
     except Exception:  # damaged bytes can raise anything in there
         raise UserError(f"{path} is damaged, not finite, or not of this version ({FORMAT})") from None
@@ -816,8 +817,7 @@ def describe_run(model, train_set, test_set, augment, args):
             model.eval()(torch.zeros(1, spec.channels, spec.size, spec.size, device=args.device))
     count, on = sum(p.numel() for p in model.parameters()), "bfloat16" if args.amp else "float32"
     print(f"{args.recipe.stem} on {args.device} in {on}: {count:,} parameters, {len(spec.classes)} classes")
-    images = f"{len(train_set):,} + {len(test_set):,} images (training + {args.evaluated_on})"
-    print(f"input {spec.channels}x{spec.size}x{spec.size}, {images}")
+    print(f"input {spec.channels}x{spec.size}x{spec.size}, {len(train_set):,} + {len(test_set):,} images")
     if HAS_MATPLOTLIB:
         images, labels = train_set[torch.randperm(len(train_set))[:8]]
         augmented = augment(images) if augment else images

@@ -41,13 +41,14 @@ def load_model(path, recipe=None, device="cpu"):
     `common.Spec` of its images. recipe: the script that made it, where that is not of this repository."""
     checkpoint = common.load_checkpoint(path)
     spec = common.Spec(**checkpoint["spec"])
-    module = import_recipe(checkpoint["recipe"], recipe)
+    name = checkpoint.get("recipe")
+    module = import_recipe(name, recipe)
     try:
         network = module.build_model(spec, argparse.Namespace(**checkpoint["settings"]))
         network.load_state_dict(checkpoint["model"])
     except Exception as error:  # settings that it has not, or cannot have, or another network
-        made_by, first = f"{path} was made by {checkpoint['recipe']}", str(error).split("\n\t")[:2][-1]
-        raise common.UserError(f"{made_by}, and not by this --recipe: {first}") from None
+        first = str(error).split("\n\t")[:2][-1]  # of all differences
+        raise common.UserError(f"{path} was made by {name}, and not by this --recipe: {first}") from None
     return torch.nn.Sequential(common.Normalize(spec), network).to(device).eval(), spec
 
 

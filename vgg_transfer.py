@@ -67,7 +67,7 @@ def read_weights(args):
             raise common.UserError(f"no ImageNet weights ({error}): {ways}") from None
     file = file or common.load_checkpoint(args.weights, any_format=True)
     if isinstance(file, dict) and "format" in file:
-        return file["model"], file["spec"]["mean"], file["spec"]["std"]
+        return file["model"], file["spec"].get("mean", 0.5), file["spec"].get("std", 0.5)
     return file, imagenet.mean, imagenet.std
 
 

@@ -220,11 +220,16 @@ def checkpoints(rng, folder):
     else:
         checkpoint = torch.load(file)
         checkpoint = checkpoint["model"] if use == "weights" and rng.random() < 0.5 else checkpoint
-        if "format" in checkpoint and rng.random() < 0.2:
+        if use == "predict" and rng.random() < 0.03:  # at 4096 parameters each
+            checkpoint["spec"]["classes"], checkpoint["recipe"] = ["x"] * 100_000, "vgg_transfer"
+            checkpoint["settings"] |= {"head": "replace", "freeze": False}
+        if use in ("resume", "tuned"):  # from one's own run folder: what else is in it is not checked
             what = rng.choice(["format", "spec", "model"])
-            checkpoint[what] = wrong(rng, checkpoint[what])
-        else:  # what else is in it is taken as it is: only a crafted file can have it wrong
-            what = damage(rng, checkpoint.get("model", checkpoint))
+            what = f"{what} {damage(rng, checkpoint[what])}" if what == "model" else what
+            if "model" not in what:
+                checkpoint[what] = wrong(rng, checkpoint[what])
+        else:
+            what = damage(rng, checkpoint)
         torch.save(checkpoint, file, _use_new_zipfile_serialization=kind == "values")
     what = f"{use}: {kind} {what}"
     if use == "predict":
