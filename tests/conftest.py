@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 import pytest
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for tiny batches, in processes beside each other
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
