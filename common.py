@@ -459,8 +459,9 @@ def open_or_download(dataset, options, args):
     problems = (OSError, RuntimeError, ValueError, AssertionError, EOFError)
     with contextlib.suppress(*problems):
         return dataset(folder, **options)
-    if not folder.is_dir() and args.data != "data" and not args.download:
-        raise UserError(f"no folder {folder}: name one that exists, or add --download")
+    loose = any(file.suffix.lower() in SUFFIXES for file in folder.glob("*/*"))
+    if args.data != "data" and not args.download and (loose or not folder.is_dir()):
+        raise UserError(f"no folder {folder} with train/<class>/ or a data set: name one, or add --download")
     print(f"{name} is not in {folder}, or not whole: downloading it", flush=True)
     socket.setdefaulttimeout(20)  # seconds without an answer
     for url in (*CIFAR10_MIRRORS * (name == "CIFAR10"), getattr(dataset, "url", None)):
@@ -577,8 +578,7 @@ class Metrics:
 def fit(model, train_set, test_set, loss_fn, optimizer, args, scheduler=None, augment=None, after_epoch=None):
     """Train up to epoch `args.epochs`, evaluate after each, keep the run folder `args.out`, report last.
     Returns the rows of history.csv, dicts. Raises UserError; the last complete epoch is saved.
-    loss_fn: function (logits (B, classes), labels (B,)) -> mean loss.
-    scheduler: any of torch.optim.lr_scheduler, see `step_scheduler`.
+    loss_fn: function (logits (B, classes), labels (B,)) -> mean loss. scheduler: see `step_scheduler`.
     augment: function of uint8 images (B, C, H, W) that returns such, or floats from 0 to 1; or a transform
         of torchvision.transforms.v2, which is called for each image.
     after_epoch: function (row of history.csv), when the epoch is saved; True ends the run."""

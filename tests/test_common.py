@@ -438,8 +438,11 @@ def test_no_mirror_and_a_folder_that_is_not_there_are_errors(tmp_path, monkeypat
     monkeypatch.setattr(torchvision.datasets.CIFAR10, "url", "http://127.0.0.1:9/cifar")
     with pytest.raises(common.UserError, match=r"CIFAR10 does not download.*--data drawn"):
         common.load_data(flags(data=tmp_path / "new", download=True), "CIFAR10")
-    with pytest.raises(common.UserError, match=r"no folder .*mistyped.*--download"):
-        common.load_data(flags(data=tmp_path / "mistyped"), "CIFAR10")
+    (tmp_path / "loose/cat").mkdir(parents=True)
+    cv2.imwrite(str(tmp_path / "loose/cat/x.png"), np.zeros((9, 9), np.uint8))
+    for name in ("mistyped", "loose"):
+        with pytest.raises(common.UserError, match=rf"no folder .*{name} with train/<class>/.*--download"):
+            common.load_data(flags(data=tmp_path / name), "CIFAR10")
 
 
 def test_unpack_writes_folders_that_train_as_they_are(tmp_path, monkeypatch, cifar10):
