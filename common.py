@@ -108,13 +108,11 @@ def printable(text: str) -> str:
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse's, with errors that `cli` prints in one line."""
-
-    class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-        """Defaults in the help, and the description as it is."""
+    """argparse's, with defaults in the help, and errors that `cli` prints in one line."""
 
     def __init__(self, description, **options):
-        super().__init__(description=description, formatter_class=self.HelpFormatter, **options)
+        both = argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, formatter_class=type("Formatter", both, {}), **options)
 
     def error(self, message):
         raise UserError(f"{message}: --help lists the flags")
@@ -202,6 +200,8 @@ def init_distributed():
     """Join the processes that torchrun has started, of which the main one prints; returns their store."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return None
+    with contextlib.suppress(AttributeError, OSError):  # on Linux: when torchrun is killed, so are we
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     store, rank, world_size = next(dist.rendezvous("env://"))
     if torch.cuda.is_available():  # for NCCL's barriers
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
