@@ -231,7 +231,7 @@ def all_reduce(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def parallelize(model, args):
+def parallelize(model: nn.Module, args) -> nn.Module:
     """The model as `fit` trains it: as it is, or compiled, or one of several processes."""
     if args.compile:
         model = torch.compile(model)
@@ -515,7 +515,7 @@ class Normalize(nn.Module):
         self.register_buffer("scale", 1 / std)
         self.register_buffer("shift", -mean / std)
 
-    def forward(self, images):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
         scale = self.scale / 255 if images.dtype == torch.uint8 else self.scale
         return images.float().mul(scale).add_(self.shift)
 
@@ -562,7 +562,7 @@ class Metrics:
     def __init__(self):
         self.sums = []  # of each step: loss, right predictions, images
 
-    def update(self, loss, logits, labels):
+    def update(self, loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> None:
         """Count a batch: its mean loss, its logits (B, classes) and labels (B,)."""
         count, correct = torch.full_like(loss, len(labels)), (logits.argmax(1) == labels).sum()
         total = loss.detach() * count if len(labels) else count  # of several processes, one may have none
@@ -644,7 +644,7 @@ def train_one_epoch(model, dataset, loss_fn, optimizer, args, epoch, scheduler=N
 
 
 @torch.no_grad()  # without gradients evaluation takes half the time and a fraction of the memory
-def evaluate(model, dataset, args):
+def evaluate(model: nn.Module, dataset: ImageDataset, args) -> tuple[dict, tuple]:
     """Classify every image once; returns its part of the row of history.csv, and what was predicted: classes,
     int64 (N,), their probabilities, float32 (N,), and the indices of the mistakes, the surest ones first."""
     start, labels = time.perf_counter(), dataset.labels.cpu()
@@ -673,14 +673,14 @@ def shuffle(count, args, epoch):
     return order[:-1] if ends_with_one else order  # batch normalization cannot learn from a single image
 
 
-def one_cycle(optimizer, train_set, args):
+def one_cycle(optimizer: torch.optim.Optimizer, train_set: ImageDataset, args) -> lr_scheduler.OneCycleLR:
     """The schedule of `--tuned`: up to args.lr in a quarter of the run, then down to 0 (arXiv 1708.07120)."""
     steps = max(3, args.epochs * math.ceil(len(train_set) / args.batch_size))
     shape = {"anneal_strategy": "linear", "cycle_momentum": False, "div_factor": max(1, steps // 4)}
     return lr_scheduler.OneCycleLR(optimizer, args.lr, steps, pct_start=max(0.25, 2 / steps), **shape)
 
 
-def step_scheduler(scheduler, row=None):
+def step_scheduler(scheduler: lr_scheduler.LRScheduler | None, row: dict | None = None) -> None:
     """Step a learning-rate scheduler: after every batch OneCycleLR, CyclicLR and one with the attribute
     `per_batch`; any other after every epoch, with its row of history.csv."""
     per_batch = isinstance(scheduler, (lr_scheduler.OneCycleLR, lr_scheduler.CyclicLR))
@@ -766,7 +766,7 @@ def save_epoch(run, row, losses, args):
 
 
 @contextlib.contextmanager
-def atomic_write(path: Path):
+def atomic_write(path: Path) -> Iterator[Path]:
     """Yields a temporary file's path, which replaces `path` once it is complete. Raises UserError."""
     try:
         with tempfile.TemporaryDirectory(".tmp", dir=path.parent) as folder:

@@ -74,6 +74,19 @@ def _run(script, args, cwd, files, environment, before, figures):
     runpy.run_path(script, run_name="__main__")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def fuzzer(request, tmp_path_factory):
+    """tests/fuzz.py, at work beside the other tests, if test_fuzz.py is one of them."""
+    if not any(item.path.name == "test_fuzz.py" for item in request.session.items):
+        yield None
+        return
+    args = ("--count", 100, "--seed", 0, "--seconds", 60)  # a slow machine is no failure
+    process = start("tests/fuzz.py", *args, cwd=tmp_path_factory.mktemp("fuzz"))
+    yield process
+    process.kill()
+    process.communicate()
+
+
 def one_error_line(err, *parts):
     """The only line of stderr, which must hold these parts."""
     assert err.count("\n") == 1, err

@@ -318,7 +318,9 @@ def main():
     parser.add_argument("--count", type=int, default=100, help="cases of each kind")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--case", type=int, help="this one alone")
+    parser.add_argument("--seconds", type=int, default=SECONDS, help="that no case may exceed")
     args, failed = parser.parse_args(), 0
+    globals()["SECONDS"] = args.seconds
     (BASE / "data").mkdir()  # what is to be damaged
     for i in range(8):
         Image.effect_noise((20, 20), 50).save(BASE / f"data/{i}.png")
