@@ -16,7 +16,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, one_error_line, run, start
+from conftest import ROOT, finish, one_error_line, run, start, warm
 
 SCRIPT = "lenet_cifar.py"
 HEADER = (
@@ -101,27 +101,31 @@ def test_a_terminal_gets_a_progress_bar_with_epoch_loss_and_accuracy(tmp_path):
 def test_a_run_killed_and_resumed_ends_as_the_unbroken_one(tmp_path, folder, flags):
     args = ["--data", folder, "--epochs", 15, "--batch-size", 2, *flags]
     run(SCRIPT, *args, "--out", "unbroken", cwd=tmp_path)
-    process = start(SCRIPT, *args, "--out", "broken", cwd=tmp_path)
+    process, _ = warm(SCRIPT, *args, "--out", "broken", cwd=tmp_path)
     while not (tmp_path / "broken/last.pt").exists():
         time.sleep(0.01)
     process.kill()
-    process.communicate()
+    process.join()
     assert len(load(tmp_path / "broken/last.pt")["history"]) < 15
     run(SCRIPT, "--resume", "--out", "broken", cwd=tmp_path)
     assert_same_run(tmp_path / "unbroken", tmp_path / "broken")
 
 
+def hear_ctrl_c():
+    """As Python does that was started from a terminal; what CI starts in the background ignores it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_ctrl_c_and_sigterm_keep_the_last_whole_epoch_and_say_how_to_go_on(tmp_path, folder, number, status):
     args = ["--data", folder, "--epochs", 1000, "--batch-size", 2]
-    process = start(SCRIPT, *args, cwd=tmp_path)
+    first = warm(SCRIPT, *args, cwd=tmp_path, name="first", before=hear_ctrl_c, figures=True)
     while not (tmp_path / "runs/lenet_cifar/last.pt").exists():
         time.sleep(0.01)
     _, err = run(SCRIPT, *args, cwd=tmp_path, status=2)  # a second run into the same folder
-    one_error_line(err, f"process {process.pid} trains in runs/lenet_cifar", "--out")
-    process.send_signal(number)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == status
+    one_error_line(err, f"process {first[0].pid} trains in runs/lenet_cifar", "--out")
+    os.kill(first[0].pid, number)
+    _, err = finish(first, status)
     assert err.count("\n") == 1 and "--resume --out runs/lenet_cifar" in err
     assert load(tmp_path / "runs/lenet_cifar/last.pt")["history"]
     assert (tmp_path / "runs/lenet_cifar/curves.png").exists()
@@ -129,12 +133,11 @@ def test_ctrl_c_and_sigterm_keep_the_last_whole_epoch_and_say_how_to_go_on(tmp_p
 
 
 def test_a_folder_that_goes_away_while_training_is_one_line_that_claims_nothing(tmp_path, folder):
-    process = start(SCRIPT, "--data", folder, "--epochs", 1000, "--batch-size", 2, cwd=tmp_path)
+    started = warm(SCRIPT, "--data", folder, "--epochs", 1000, "--batch-size", 2, cwd=tmp_path)
     while not (tmp_path / "runs/lenet_cifar/last.pt").exists():
         time.sleep(0.01)
     (tmp_path / "runs").rename(tmp_path / "elsewhere")
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 2
+    _, err = finish(started, 2)
     one_error_line(err, "cannot write runs/lenet_cifar/", "0 of 1000 epochs are saved in")
 
 
