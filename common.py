@@ -54,7 +54,8 @@ FREE = ["data", "epochs", "device", "compile", "save_every", "tensorboard", "qui
 LEAST = dict(epochs=1, batch_size=1, lr=1e-30, seed=0, limit_batches=1, holdout=0, save_every=0)  # of flags
 COLUMNS = ["epoch", "lr", "train_loss", "train_accuracy", "test_loss", "test_accuracy"]  # of history.csv
 COLUMNS += ["train_seconds", "test_seconds", "images_per_second"]
-SUFFIXES = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+SUFFIXES = (".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm")
+SUFFIXES += (".tif", ".tiff", ".webp")
 HAS_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
 LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes on this machine, as torchrun says
 IN_MEMORY = 2 * 2**30 // LOCAL_WORLD_SIZE  # bytes: a larger data set is decoded batch by batch
@@ -348,8 +349,7 @@ class ImageDataset(torch.utils.data.Dataset):
 
 def load_data(args, dataset: str, **spec) -> tuple[ImageDataset, ImageDataset]:
     """The images to train on and to evaluate on, as the flags say. Raises UserError where there are none.
-    dataset: the name of the torchvision data set that a folder without images of one's own has or gets.
-    spec: fields of `Spec`; the classes come from the data, the size from `--size`."""
+    dataset: the torchvision data set of a folder without images of one's own; spec: fields of `Spec`."""
     spec, names = Spec([], args.size, **spec), ["train"] if args.holdout else ["train", "test"]
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     if not first:  # wait for the first process of this machine, which may download

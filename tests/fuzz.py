@@ -225,8 +225,9 @@ def checkpoints(rng, folder):
             checkpoint["settings"] |= {"head": "replace", "freeze": False}
         if use in ("resume", "tuned"):  # from one's own run folder: what else is in it is not checked
             what = rng.choice(["format", "spec", "model"])
-            what = f"{what} {damage(rng, checkpoint[what])}" if what == "model" else what
-            if "model" not in what:
+            if what == "model":
+                what = damage(rng, checkpoint["model"])
+            else:
                 checkpoint[what] = wrong(rng, checkpoint[what])
         else:
             what = damage(rng, checkpoint)
@@ -313,6 +314,7 @@ def fuzz(make, seed, cases):
 
 
 def main():
+    global SECONDS
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("kinds", nargs="*", help="images, csvs, checkpoints")
     parser.add_argument("--count", type=int, default=100, help="cases of each kind")
@@ -320,7 +322,7 @@ def main():
     parser.add_argument("--case", type=int, help="this one alone")
     parser.add_argument("--seconds", type=int, default=SECONDS, help="that no case may exceed")
     args, failed = parser.parse_args(), 0
-    globals()["SECONDS"] = args.seconds
+    SECONDS = args.seconds
     (BASE / "data").mkdir()  # what is to be damaged
     for i in range(8):
         Image.effect_noise((20, 20), 50).save(BASE / f"data/{i}.png")

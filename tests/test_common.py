@@ -5,7 +5,6 @@ import bz2
 import hashlib
 import http.server
 import io
-import os
 import pickle
 import shutil
 import struct
@@ -352,10 +351,11 @@ def test_a_checkpoint_is_replaced_whole_or_not_at_all(tmp_path):
         temporary.write_bytes(b"half")
         raise ZeroDivisionError
     assert path.read_text() == "whole" and [file.name for file in tmp_path.iterdir()] == ["last.pt"]
-    (tmp_path / f"last.pt.{os.getpid()}.tmp").symlink_to("elsewhere")  # which is not followed
+    path.rename(tmp_path / "elsewhere")
+    path.symlink_to("elsewhere")  # which is replaced, not followed
     with common.atomic_write(path) as temporary:
         temporary.write_bytes(b"new")
-    assert path.read_text() == "new" and not (tmp_path / "elsewhere").exists()
+    assert path.read_text() == "new" and (tmp_path / "elsewhere").read_text() == "whole"
 
 
 # ------------------------------------------------------------------------------------------- downloads

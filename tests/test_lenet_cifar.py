@@ -111,7 +111,7 @@ def test_a_run_killed_and_resumed_ends_as_the_unbroken_one(tmp_path, folder, fla
     assert_same_run(tmp_path / "unbroken", tmp_path / "broken")
 
 
-def hear_ctrl_c():
+def raise_at_ctrl_c():
     """As Python does that was started from a terminal; what CI starts in the background ignores it."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -119,7 +119,7 @@ def hear_ctrl_c():
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_ctrl_c_and_sigterm_keep_the_last_whole_epoch_and_say_how_to_go_on(tmp_path, folder, number, status):
     args = ["--data", folder, "--epochs", 1000, "--batch-size", 2]
-    first = warm(SCRIPT, *args, cwd=tmp_path, name="first", before=hear_ctrl_c, figures=True)
+    first = warm(SCRIPT, *args, cwd=tmp_path, name="first", before=raise_at_ctrl_c, figures=True)
     while not (tmp_path / "runs/lenet_cifar/last.pt").exists():
         time.sleep(0.01)
     _, err = run(SCRIPT, *args, cwd=tmp_path, status=2)  # a second run into the same folder

@@ -162,8 +162,8 @@ def test_a_raising_worker_ends_the_others_and_is_the_one_that_speaks(tmp_path, f
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="finds the worker in Linux's /proc")
 def test_a_killed_worker_comes_back_and_the_run_ends_as_if_nothing_had_been(tmp_path, folder):
     args = ["--data", folder, "--epochs", 8, "--batch-size", 4]
+    run_group(2, LENET, *args, "--out", "calm", cwd=tmp_path)
     process = torchrun("--max-restarts=3", ROOT / LENET, *args, "--out", "killed", cwd=tmp_path)
-    run_group(2, LENET, *args, "--out", "calm", cwd=tmp_path)  # while torchrun starts
     while not (tmp_path / "killed/last.pt").exists():
         time.sleep(0.02)
     os.kill(max(children(process.pid)), signal.SIGKILL)
