@@ -40,14 +40,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
+import common
+import predict
+
 import torch
 import torchvision
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
-
-import common
-import predict
 
 TARGETS = {"lenet_cifar": 0.54, "quick_cifar": 0.65, "mnist_cnn": 0.985}  # the sources' test accuracy
 FLAGS = {  # default, with --quick, least, help

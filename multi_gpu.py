@@ -11,11 +11,11 @@ every batch, and DistributedDataParallel averages the gradients, so that the net
 learn in one process. All flags of the recipe hold; --batch-size counts the images of all processes together.
 """
 
-import torch
-from torch import nn
-
 import common
 from predict import import_recipe
+
+import torch
+from torch import nn
 
 
 def data_parallel(model, args):

@@ -11,9 +11,9 @@ import importlib.util
 import sys
 from pathlib import Path
 
-import torch
-
 import common
+
+import torch
 
 
 def import_recipe(name, file=None):

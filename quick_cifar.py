@@ -11,11 +11,11 @@ import importlib.util
 import warnings
 from functools import partial
 
+import common
+
 import torch
 import torchvision
 from torch import nn
-
-import common
 
 TUNED = dict(batch_size=96, lr=0.02)
 ACTIVATIONS = {"relu": nn.ReLU, "sigmoid": nn.Sigmoid, "tanh": nn.Tanh}

@@ -10,11 +10,11 @@ import copy
 from functools import partial
 from pathlib import Path
 
+import common
+
 import torch
 import torchvision
 from torch import nn
-
-import common
 
 IMAGENET = torchvision.models.VGG16_Weights.IMAGENET1K_V1  # its parameters, and the images they expect
 TUNED = dict(batch_size=64, lr=0.01)

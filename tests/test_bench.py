@@ -2,9 +2,9 @@
 
 import json
 
-from conftest import run
-
 import common
+
+from conftest import run
 
 
 def few_digits():

@@ -2,11 +2,11 @@
 
 import csv
 
+import common
+
 import cv2
 import pytest
 from conftest import ROOT, run
-
-import common
 
 
 def test_a_checkpoint_from_before_classifies(tmp_path):

@@ -13,6 +13,10 @@ import sys
 import tarfile
 import threading
 
+import common
+import lenet_cifar
+import mnist_cnn
+
 import cv2
 import numpy as np
 import pytest
@@ -23,10 +27,6 @@ from torch import nn
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
-
-import common
-import lenet_cifar
-import mnist_cnn
 
 CPU = torch.device("cpu")
 

@@ -3,13 +3,13 @@
 import importlib
 from unittest import mock
 
+import common
+from predict import import_recipe
+
 import pytest
 import torch
 import torchvision
 from torch._subclasses import FakeTensorMode
-
-import common
-from predict import import_recipe
 
 CUDA = torch.device("cuda:0")
 

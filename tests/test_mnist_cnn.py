@@ -7,16 +7,16 @@ import struct
 import threading
 from functools import partial
 
+import common
+import mnist_cnn
+import predict
+
 import cv2
 import numpy as np
 import pytest
 import torch
 import torchvision
 from conftest import one_error_line, run
-
-import common
-import mnist_cnn
-import predict
 
 
 def test_one_batch_of_drawn_digits(tmp_path):

@@ -12,11 +12,11 @@ import time
 from functools import partial
 from pathlib import Path
 
+import common
+
 import pytest
 import torch
 from conftest import ROOT, finish, one_error_line, run, warm
-
-import common
 
 SCRIPT = "multi_gpu.py"
 LENET = "lenet_cifar.py"
@@ -26,7 +26,6 @@ COLUMNS = ("epoch", "lr", "train_loss", "train_accuracy", "test_loss", "test_acc
 def join(environment):
     torch.set_num_threads(1)
     os.environ.update(environment)
-    common.LOCAL_WORLD_SIZE = int(environment["LOCAL_WORLD_SIZE"])
 
 
 def free_port():

@@ -4,15 +4,15 @@ import csv
 import pickle
 import shutil
 
+import common
+import predict
+
 import cv2
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, draw, one_error_line, run
 from PIL import Image
-
-import common
-import predict
 
 
 @pytest.fixture(scope="module")

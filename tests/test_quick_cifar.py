@@ -3,13 +3,13 @@
 import importlib.util
 import sys
 
+import common
+import quick_cifar
+
 import pytest
 import torch
 from conftest import one_error_line, run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-import common
-import quick_cifar
 
 
 def test_one_batch_of_drawn_digits_leaves_a_run_that_tensorboard_shows(tmp_path):

@@ -3,6 +3,9 @@
 import csv
 import types
 
+import common
+import vgg_transfer
+
 import cv2
 import numpy as np
 import pytest
@@ -10,9 +13,6 @@ import torch
 import torchvision
 from conftest import one_error_line, run
 from torch import nn
-
-import common
-import vgg_transfer
 
 SCRIPT = "vgg_transfer.py"
 
