@@ -74,6 +74,12 @@ def _run(script, args, cwd, files, environment, before, figures):
     runpy.run_path(script, run_name="__main__")
 
 
+def few_digits():
+    """A sixth of the drawn images, in this process: where what they show does not matter."""
+    draw = common.draw_digits
+    common.draw_digits = lambda part, spec: draw("test", spec)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def fuzzer(request, tmp_path_factory):
     """tests/fuzz.py, at work beside the other tests, if test_fuzz.py is one of them."""

@@ -2,15 +2,7 @@
 
 import json
 
-import common
-
-from conftest import run
-
-
-def few_digits():
-    """Fewer drawn images; the processes that bench.py starts have all of them."""
-    draw = common.draw_digits
-    common.draw_digits = lambda part, spec: draw("test", spec)
+from conftest import few_digits, run
 
 
 def numbers(figures):

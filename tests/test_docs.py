@@ -8,11 +8,17 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import ROOT, few_digits, run
 from test_vgg_transfer import first_blocks
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TINY = ["--epochs", "1", "--limit-batches", "1", "--batch-size", "8", "--quiet"]
+
+
+def small():
+    """Small networks and data sets, where a command has large ones."""
+    few_digits()
+    first_blocks()
 
 
 def commands():
@@ -34,7 +40,7 @@ def place(tmp_path_factory, folder):
     shutil.copy(ROOT / "lenet_cifar.py", place / "my_net.py")
     shutil.copy(ROOT / "common.py", place)
     for script in (ROOT / "lenet_cifar.py", place / "my_net.py"):
-        run(script, "--data", "drawn", *TINY, cwd=place)
+        run(script, "--data", "drawn", *TINY, cwd=place, before=few_digits)
     return place
 
 
@@ -46,13 +52,13 @@ def test_every_command_of_the_pages_runs(place, command):
     if script == "vgg_transfer.py":
         args += ["--weights", "none", "--size", "32"]
     if "--resume" in args:  # a run of two epochs at least
-        run(script, "--data", "drawn", *TINY, cwd=place)
+        run(script, "--data", "drawn", *TINY, cwd=place, before=few_digits)
         args = ["--resume", "--epochs", "2", "--quiet"]
     elif script not in ("predict.py", "multi_gpu.py") or ("--recipe" in args and script == "multi_gpu.py"):
         args += ["--data", "drawn"] * ("--data" not in args) + TINY
     args = ["auto" if arg == "cuda" else arg for arg in args]
     script = place / script if script == "my_net.py" else script
-    run(script, *args, cwd=place, before=first_blocks, figures="--figure" in args)
+    run(script, *args, cwd=place, before=small, figures="--figure" in args)
 
 
 def run_cell(page):

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import termios
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -80,18 +81,24 @@ def test_tuned_learns_drawn_digits_in_three_epochs(tmp_path):
     assert float(rows_of(tmp_path / "runs/lenet_cifar/history.csv")[-1]["test_accuracy"]) > 0.90
 
 
+def speak_to(terminal):
+    os.dup2(os.open(terminal, os.O_RDWR | os.O_NOCTTY), 2)
+
+
 def test_a_terminal_gets_a_progress_bar_with_epoch_loss_and_accuracy(tmp_path):
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))  # 24 rows of 80 columns
     args = ("--data", "drawn", "--epochs", 1, "--batch-size", 4, "--limit-batches", 900)
-    process = start(SCRIPT, *args, cwd=tmp_path, stderr=theirs, stdout=subprocess.DEVNULL)
+    process, _ = warm(SCRIPT, *args, cwd=tmp_path, before=partial(speak_to, os.ttyname(theirs)))
+    process.join(0.5)  # until it has opened the terminal, too
     os.close(theirs)
     shown = b""
     with contextlib.suppress(OSError):  # which is how a terminal says that the other end is closed
         while chunk := os.read(ours, 2**16):
             shown += chunk
     os.close(ours)
-    assert process.wait(60) == 0
+    process.join(60)
+    assert process.exitcode == 0
     for line in shown.decode().replace("\n", "\r").split("\r"):
         assert len(line) <= 80
     assert b"epoch 1/1 |" in shown and b"loss 2." in shown and b"accuracy 0." in shown
