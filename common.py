@@ -29,9 +29,8 @@ from pathlib import Path
 os.environ.setdefault("OPENCV_LOG_LEVEL", "OFF")  # a damaged file is reported once, by this module
 os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(2**27))  # what claims to have more is not decoded
 
-# Ctrl-C while PyTorch is imported, which takes seconds, ends without a traceback; `cli` sees to the rest.
 sys.excepthook = lambda kind, *e: print() if kind is KeyboardInterrupt else sys.__excepthook__(kind, *e)
-try:
+try:  # takes seconds, in which Ctrl-C ends without a traceback; later, `cli` sees to it
     import cv2
     import numpy as np
     import torch
@@ -722,8 +721,9 @@ def start_or_resume(model, optimizer, scheduler, train_set, args):
     run |= {"setup": setup, "model": model, "optimizer": optimizer, "scheduler": scheduler}
     if not saved:
         return run | {"history": [], "losses": []}
-    for name, value in setup.items():  # --resume may change what is free
-        if name not in FREE and value != (before := saved["setup"].get(name)):
+    free = [*FREE, *["training images"] * args.skip_bad]  # --resume may change what is free
+    for name, value in setup.items():
+        if name not in free and value != (before := saved["setup"].get(name)):
             raise UserError(f"--resume cannot change {name} from {before} to {value}: name another --out")
     try:
         for name, value in run.items():

@@ -5,6 +5,7 @@ import bz2
 import hashlib
 import http.server
 import io
+import os
 import pickle
 import shutil
 import struct
@@ -137,6 +138,24 @@ def test_an_image_that_cannot_be_read_while_streaming_is_named_or_left_out(tmp_p
 
 def stream():
     common.IN_MEMORY = 0
+
+
+def test_an_image_that_goes_bad_while_streaming_ends_the_run_and_can_be_left_out(tmp_path, folder):
+    shutil.copytree(folder, tmp_path / "mine")
+    args = ("--data", "mine", "--epochs", 3, "--tuned", "--lr", 0.01)
+    _, err = run("lenet_cifar.py", *args, cwd=tmp_path, before=lose_an_image, status=2)
+    one_error_line(err, "ball/0.png cannot be read: replace it, or add --skip-bad", "1 of 3 epochs are saved")
+    _, err = run("lenet_cifar.py", "--resume", cwd=tmp_path, before=stream, status=2)
+    one_error_line(err, "--resume cannot change training images from 60 to 59")
+    out, _ = run("lenet_cifar.py", "--resume", "--skip-bad", cwd=tmp_path, before=stream)
+    assert "59 + 21 images" in out
+    assert len(common.load_checkpoint(tmp_path / "runs/lenet_cifar/last.pt")["history"]) == 3
+
+
+def lose_an_image():
+    stream()
+    save = common.save_epoch
+    common.save_epoch = lambda *args: [save(*args), os.unlink("mine/train/ball/0.png")][0]
 
 
 def test_a_csv_may_test_on_some_of_the_classes_and_a_folder_may_not(folder, tmp_path):
