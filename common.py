@@ -136,7 +136,8 @@ class RecipeParser(ArgumentParser):
         args = super().parse_args(argv)
         for name, least in self.least.items():
             value, most = getattr(args, name), 1e38 if name == "lr" else 2**31 - 1
-            if value is not None and not (isinstance(value, (int, type(least))) and least <= value <= most):
+            optional = value is None and name in ("limit_batches", "size")
+            if not optional and not (isinstance(value, (int, type(least))) and least <= value <= most):
                 raise UserError(f"--{name.replace('_', '-')} {value} is out of range: the least is {least}")
         args.device, args.evaluated_on = pick_device(args.device), "validation" if args.holdout else "test"
         amx = torch.cpu.get_capabilities().get("amx_bf16", False)
@@ -146,37 +147,36 @@ class RecipeParser(ArgumentParser):
             raise UserError("--compile is for GPUs: on a CPU these networks are slower with it")
         settings = {name: value for name, value in vars(args).items() if name not in ("out", "resume")}
         args.settings = json.loads(json.dumps(settings, default=str))  # plain Python values
-        args.recipe, args.checkpoint, args.writer = self.file, checkpoint, None
+        args.recipe, args.data, args.checkpoint, args.writer = self.file, str(args.data), checkpoint, None
         args.precision = "bfloat16" + ", slower here than float32" * (not fast) if args.amp else "float32"
         return args
 
 
 def add_training_flags(parser: RecipeParser) -> None:
-    n, switch = {"type": int, "metavar": "N"}, {"action": "store_true"}
-    on_off = {"action": argparse.BooleanOptionalAction}
+    n, switch, on_off = {"type": int, "metavar": "N"}, "store_true", argparse.BooleanOptionalAction
     tuned = ", ".join(f"{name} {value}" for name, value in parser.tuned.items()).replace("_", " ")
     add = parser.add_argument_group("data and run").add_argument
     add("--data", default="data", metavar="PATH", help="a folder, or drawn: synthetic images of the digits")
     add("--epochs", help="passes over the training images", **n)
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
     add("--out", metavar="DIR", help="the run folder")
-    add("--resume", help="continue the run in --out, with its settings", **switch)
+    add("--resume", help="continue the run in --out, with its settings", action=switch)
     add = parser.add_argument_group("training").add_argument
-    add("--tuned", help=f"better than the source: {tuned}, and more in the script", **switch)
+    add("--tuned", help=f"better than the source: {tuned}, and more in the script", action=switch)
     add("--batch-size", help="images a step, of all processes together", **n)
     add("--lr", help="learning rate", type=float, metavar="X")
     add("--size", help="height and width of the input", **n)
     add("--seed", default=0, help="of everything that is random", **n)
     add("--holdout", default=0, help="validate on N training images, held out, not on the test set", **n)
     add = parser.add_argument_group("more").add_argument
-    add("--amp", help="bfloat16, slow on CPUs without AMX; by itself with --tuned if fast", **on_off)
-    add("--compile", help="train with torch.compile, on a GPU", **switch)
+    add("--amp", help="bfloat16, slow on CPUs without AMX; by itself with --tuned if fast", action=on_off)
+    add("--compile", help="train with torch.compile, on a GPU", action=switch)
     add("--limit-batches", help="use N batches of the data: a quick check", **n)
-    add("--skip-bad", help="leave unreadable images out", **switch)
-    add("--download", help="download into a folder that does not exist yet", **switch)
+    add("--skip-bad", help="leave unreadable images out", action=switch)
+    add("--download", help="download into a folder that does not exist yet", action=switch)
     add("--save-every", default=0, help="keep epoch_N.pt too, every N epochs", **n)
-    add("--tensorboard", default=False, help="write a TensorBoard log to --out", **on_off)
-    add("--quiet", help="no progress bar and no list of layers", **switch)
+    add("--tensorboard", default=False, help="write a TensorBoard log to --out", action=on_off)
+    add("--quiet", help="no progress bar and no list of layers", action=switch)
 
 
 def pick_device(name: str) -> torch.device:
@@ -304,9 +304,8 @@ def read_images(sources: Sequence, spec: Spec) -> Iterator[np.ndarray | None]:
         image = source if isinstance(source, np.ndarray) else decode(source)
         return None if image is None else prepare(image, spec)
 
-    n = min(16, len(sources) // 2 // os.cpu_count() + 1)  # images a task, which costs as much as a small file
-    with ThreadPool() as pool:  # OpenCV works outside of Python's global lock
-        yield from pool.imap(read, sources, n)
+    with ThreadPool() as pool:  # OpenCV releases Python's global lock; a task costs as much as a small file
+        yield from pool.imap(read, sources, min(16, len(sources) // 2 // os.cpu_count() + 1))
 
 
 class ImageDataset(torch.utils.data.Dataset):
@@ -522,8 +521,8 @@ def random_flip_and_crop(images: Tensor, padding: int, flip: bool = True) -> Ten
     columns = width - 1 - (width - 1 - (torch.arange(width, device=device) + dx).abs()).abs()  # (N, W)
     flipped = torch.rand(n, 1, device=device) < (0.5 if flip else 0.0)
     columns = torch.where(flipped, width - 1 - columns, columns)
-    first = torch.arange(n, device=device)[:, None, None] * height * width
-    indices = first + rows[:, :, None] * width + columns[:, None, :]  # (N, H, W): where each pixel comes from
+    rows += torch.arange(n, device=device)[:, None] * height
+    indices = rows[:, :, None] * width + columns[:, None, :]  # (N, H, W): where each pixel comes from
     pixels = images.movedim(1, -1).reshape(-1, channels)  # one gather is half the work of pad, flip and crop
     return pixels.index_select(0, indices.flatten()).view(n, height, width, channels).movedim(-1, 1)
 
@@ -721,7 +720,7 @@ def start_or_resume(model, optimizer, scheduler, train_set, args):
     run |= {"setup": setup, "model": model, "optimizer": optimizer, "scheduler": scheduler}
     if not saved:
         return run | {"history": [], "losses": []}
-    free = [*FREE, *["training images"] * args.skip_bad]  # --resume may change what is free
+    free = [*FREE, "training images"] if args.skip_bad else FREE  # what --resume may change
     for name, value in setup.items():
         if name not in free and value != (before := saved["setup"].get(name)):
             raise UserError(f"--resume cannot change {name} from {before} to {value}: name another --out")
@@ -789,14 +788,15 @@ def load_checkpoint(path: str | Path, any_format: bool = False) -> dict:
             return checkpoint
         spec = Spec(**checkpoint["spec"])
         image = torch.from_numpy(prepare(np.zeros((9, 9, 3), np.uint8), spec)).movedim(-1, 0)
-        history = [[row[name] for name in COLUMNS] for row in checkpoint["history"]]
-        tensors = [torch.tensor(table) for table in (history, checkpoint["losses"])]
+        plain = json.loads(json.dumps({k: checkpoint[k] for k in ("settings", "setup", "history", "losses")}))
+        history = [[row[name] for name in COLUMNS] for row in plain["history"]]
+        tensors = [torch.tensor(table).movedim(0, 1) for table in (history, plain["losses"])]
         tensors += [Normalize(spec)(image).mean(), *checkpoint["model"].values()]
         stored = all(t.numel() <= t.untyped_storage().nbytes() <= size for t in tensors)
         finite = stored and all(t.isfinite().all() for t in tensors)
         if not finite or checkpoint["format"] != FORMAT or not 1 <= len(spec.classes) <= 10_000:
             raise ValueError
-        return checkpoint | {"setup": {**checkpoint["settings"], **checkpoint["setup"]}}
+        return {**checkpoint, **plain, "setup": {**plain["settings"], **plain["setup"]}}
     except Exception:  # damaged bytes can raise anything in there
         raise UserError(f"{path} is damaged, not finite, or not of this version ({FORMAT})") from None
 

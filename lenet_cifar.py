@@ -65,7 +65,7 @@ def main(argv=None):
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9)
     scheduler = augment = None
     if args.tuned:
-        options = {"momentum": 0.9, "nesterov": True, "weight_decay": 0.002}
+        options = {"momentum": 0.9, "nesterov": True, "weight_decay": 0.002, "fused": True}
         optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, **options)
         # Stepped after every batch; a scheduler of torch.optim is stepped as its documentation says.
         scheduler = common.one_cycle(optimizer, train_set, args)
