@@ -148,7 +148,7 @@ class RecipeParser(ArgumentParser):
         settings = {name: value for name, value in vars(args).items() if name not in ("out", "resume")}
         args.settings = json.loads(json.dumps(settings, default=str))  # plain Python values
         args.recipe, args.data, args.checkpoint, args.writer = self.file, str(args.data), checkpoint, None
-        args.precision = "bfloat16" + ", slower here than float32" * (not fast) if args.amp else "float32"
+        args.precision = "bfloat16" + ", often slower than float32" * (not fast) if args.amp else "float32"
         return args
 
 
@@ -319,10 +319,10 @@ class ImageDataset(torch.utils.data.Dataset):
         self.indices = torch.arange(len(self.labels), device=self.labels.device)
         self.load = self.__getitem__  # what `load_batches` calls
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index) -> tuple[Tensor, Tensor]:
         """uint8 (C, H, W) and label for an int; (B, C, H, W) and (B,) for a slice, list, tensor or mask."""
         index = self.indices[index]  # () or (B,)
         if self.in_memory:
@@ -559,7 +559,7 @@ class Metrics:
         total = loss.detach() * count if len(labels) else count  # of several processes, one may have none
         self.sums.append(torch.stack([total, correct, count]))
 
-    def compute(self, reduce=lambda sums: sums):
+    def compute(self, reduce=lambda sums: sums) -> tuple[float, float, Tensor]:
         """Mean loss, accuracy, and the sums, float64 (steps, 3)."""
         sums = reduce(torch.stack(self.sums)).cpu().double()
         loss, correct, images = sums.sum(0).tolist()
@@ -578,9 +578,9 @@ def fit(
     after_epoch: Callable[[dict], object] | None = None,
 ) -> list[dict]:
     """Train up to epoch `args.epochs`, evaluate after each, keep the run folder `args.out`, report last.
-    Returns the rows of history.csv. Raises UserError. loss_fn takes logits (B, classes), and labels (B,).
-    augment takes uint8 images (B, C, H, W), and returns such or floats from 0 to 1; or is a transform of
-    torchvision.transforms.v2, called for each image. Where after_epoch(row) returns True, the run ends."""
+    Returns the rows of history.csv. Raises UserError; the last complete epoch is saved. loss_fn takes logits
+    (B, classes) and labels (B,). augment takes uint8 images (B, C, H, W), returns such or floats from 0 to 1;
+    or is a v2 transform of torchvision, called for each image. If after_epoch(row) is True, the run ends."""
     if isinstance(augment, nn.Module) or type(augment).__module__.startswith("torchvision."):
         transform = augment  # it draws once for all that it is given
         augment = lambda images: torch.stack([transform(image) for image in images])  # noqa: E731
@@ -710,7 +710,7 @@ def open_run(args: Namespace) -> None:
         args.writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter(out)
 
 
-def start_or_resume(model, optimizer, scheduler, train_set, args):
+def start_or_resume(model: nn.Module, optimizer: Optimizer, scheduler, train_set: ImageDataset, args) -> dict:
     """What a checkpoint holds, {name: value}: of a new run, or of the one that `args.checkpoint` is from."""
     spec, saved = asdict(train_set.spec), args.checkpoint
     setup = {**args.settings, **spec, "training images": len(train_set)}
@@ -801,7 +801,7 @@ def load_checkpoint(path: str | Path, any_format: bool = False) -> dict:
         raise UserError(f"{path} is damaged, not finite, or not of this version ({FORMAT})") from None
 
 
-def describe_run(model, train_set, test_set, augment, args):
+def describe_run(model: nn.Module, train_set: ImageDataset, test_set: ImageDataset, augment, args) -> None:
     """Print the network's layers or blocks, unless `--quiet`, and what it is trained on; draw samples.png."""
     spec, layers = train_set.spec, {m: name for name, m in model.named_modules() if not [*m.children()]}
     names = layers if len(layers) <= 16 else {block: name for name, block in model.named_children()}
@@ -848,7 +848,7 @@ def report(history: list[dict], predictions: tuple, test_set: ImageDataset, args
     print(f"classify: {shlex.join(command)} IMAGE...")
 
 
-def draw_grid(images, titles, heading, marked=()):
+def draw_grid(images: Sequence[Tensor], titles: Sequence[str], heading: str, marked: Sequence[int] = ()):
     """A matplotlib figure of images (C, H, W), uint8 or from 0 to 1, with titles, those `marked` red."""
     rows, Figure = math.ceil(len(images) / 8), importlib.import_module("matplotlib.figure").Figure
     figure = Figure(figsize=(9.6, 1.7 * rows + 0.5), layout="constrained", dpi=110)

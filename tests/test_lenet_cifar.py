@@ -15,6 +15,8 @@ import termios
 import time
 from functools import partial
 
+import lenet_cifar
+
 import pytest
 import torch
 from conftest import ROOT, finish, one_error_line, run, start, warm
@@ -198,6 +200,16 @@ def test_holdout_needs_no_test_set_and_says_what_it_tests_on(tmp_path, folder):
     one_error_line(err, "mine/test", "--holdout")
     out, _ = run(SCRIPT, "--data", "mine", "--holdout", 12, "--epochs", 1, cwd=tmp_path)
     assert "48 + 12 images" in out and "validation accuracy" in out
+
+
+@pytest.mark.parametrize("amx", [True, False])
+def test_tuned_is_in_bfloat16_where_the_cpu_has_amx_and_amp_says_where_not(monkeypatch, amx):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx})
+    args = {name: lenet_cifar.parser().parse_args(name.split()) for name in ("", "--tuned", "--amp")}
+    precision = {name: one.precision for name, one in args.items()}
+    fast = {"": "float32", "--tuned": "bfloat16", "--amp": "bfloat16"}
+    slow = {"": "float32", "--tuned": "float32", "--amp": "bfloat16, often slower than float32"}
+    assert precision == (fast if amx else slow)
 
 
 def test_amp_and_tensorboard_run(tmp_path, folder):
