@@ -29,7 +29,7 @@ from pathlib import Path
 os.environ.setdefault("OPENCV_LOG_LEVEL", "OFF")  # a damaged file is reported once, by this module
 os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(2**27))  # what claims to have more is not decoded
 
-sys.excepthook = lambda kind, *e: print() if kind is KeyboardInterrupt else sys.__excepthook__(kind, *e)
+sys.excepthook = lambda kind, *e, old=sys.excepthook: print() if kind is KeyboardInterrupt else old(kind, *e)
 try:  # takes seconds, in which Ctrl-C ends without a traceback; later, `cli` sees to it
     import cv2
     import numpy as np
@@ -138,15 +138,15 @@ class RecipeParser(ArgumentParser):
             value, most = getattr(args, name), 1e38 if name == "lr" else 2**31 - 1
             optional = value is None and name in ("limit_batches", "size")
             if not optional and not (isinstance(value, (int, type(least))) and least <= value <= most):
-                raise UserError(f"--{name.replace('_', '-')} {value} is out of range: the least is {least}")
+                raise UserError(f"--{name.replace('_', '-')} {value} is not from {least} to {most}")
         args.device, args.evaluated_on = pick_device(args.device), "validation" if args.holdout else "test"
         amx = torch.cpu.get_capabilities().get("amx_bf16", False)
         fast = torch.cuda.is_bf16_supported(False) if args.device.type == "cuda" else amx
         args.amp = args.tuned and fast if args.amp is None else args.amp  # by itself where it is fast
         if args.compile and args.device.type == "cpu":
             raise UserError("--compile is for GPUs: on a CPU these networks are slower with it")
-        settings = {name: value for name, value in vars(args).items() if name not in ("out", "resume")}
-        args.settings = json.loads(json.dumps(settings, default=str))  # plain Python values
+        given = {k: v for k, v in vars(super().parse_args(argv)).items() if k not in ("out", "resume")}
+        args.settings = json.loads(json.dumps(given | {"amp": args.amp}, default=str))  # plain Python values
         args.recipe, args.data, args.checkpoint, args.writer = self.file, str(args.data), checkpoint, None
         args.precision = "bfloat16" + ", often slower than float32" * (not fast) if args.amp else "float32"
         return args
@@ -196,7 +196,7 @@ def init_distributed() -> dist.Store | None:
     """Join the processes that torchrun has started, of which the main one prints; returns their store."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return None
-    with contextlib.suppress(AttributeError, OSError):  # on Linux: when torchrun is killed, so are we
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # Linux: when torchrun is killed, so are we
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     store, rank, world_size = next(dist.rendezvous("env://"))
     if torch.cuda.is_available():  # for NCCL's barriers
@@ -353,7 +353,7 @@ def load_data(args: Namespace, dataset: str, **spec) -> tuple[ImageDataset, Imag
         parts = list_images(Path(args.data), names, spec)
     else:
         parts = [read_torchvision(dataset, name, args, spec) for name in names]
-    if get_world_size() > 1 and os.environ["LOCAL_RANK"] == "0":
+    if get_world_size() > 1 and os.environ.get("LOCAL_RANK", "0") == "0":
         dist.barrier()
     if args.holdout:
         train = random.Random(args.seed).sample(parts[0], len(parts[0]))
@@ -472,7 +472,7 @@ def load_images(pairs: list[tuple], spec: Spec, args: Namespace) -> ImageDataset
         pairs = [pair for pair, image in read if image is not None]
         print(f"{count - len(pairs)} of {count} images are unreadable and left out")
     if not pairs:
-        raise UserError(f"no image can be read, or --holdout {args.holdout} leaves none to train on")
+        raise UserError("no image can be read" + ", or --holdout leaves none" * (args.holdout > 0))
     dataset = ImageDataset(*zip(*pairs, strict=True), spec)
     shape = (len(pairs), spec.size, spec.size, spec.channels)
     if math.prod(shape) > IN_MEMORY:
@@ -514,8 +514,7 @@ class Normalize(nn.Module):
 def random_flip_and_crop(images: Tensor, padding: int, flip: bool = True) -> Tensor:
     """Random horizontal flip, and random crop after padding by a reflection of so many pixels, of each of the
     images (N, C, H, W), any dtype, by its own draw. Returns the same shape and dtype."""
-    n, channels, height, width = images.shape
-    device = images.device
+    (n, channels, height, width), device = images.shape, images.device
     dy, dx = torch.randint(-padding, padding + 1, (2, n, 1), device=device)
     rows = height - 1 - (height - 1 - (torch.arange(height, device=device) + dy).abs()).abs()  # (N, H)
     columns = width - 1 - (width - 1 - (torch.arange(width, device=device) + dx).abs()).abs()  # (N, W)
@@ -535,7 +534,7 @@ def load_batches(dataset, order: Tensor, batch_size: int, args, title: str, augm
         for batch in batches:
             indices = batch.tensor_split(get_world_size())[get_rank()]
             images, labels = (value.to(args.device, non_blocking=True) for value in dataset.load(indices))
-            yield indices, normalize(augment(images) if augment else images), labels
+            yield indices, normalize(augment(images) if augment and len(images) else images), labels
             if bar.update() and metrics:  # the bar has been drawn, twice a second
                 bar.set_postfix_str("loss {:.2f}, accuracy {:.2f}".format(*metrics.compute()))
 
@@ -578,9 +577,9 @@ def fit(
     after_epoch: Callable[[dict], object] | None = None,
 ) -> list[dict]:
     """Train up to epoch `args.epochs`, evaluate after each, keep the run folder `args.out`, report last.
-    Returns the rows of history.csv. Raises UserError; the last complete epoch is saved. loss_fn takes logits
-    (B, classes) and labels (B,). augment takes uint8 images (B, C, H, W), returns such or floats from 0 to 1;
-    or is a v2 transform of torchvision, called for each image. If after_epoch(row) is True, the run ends."""
+    Returns the rows of history.csv. Raises UserError; the last complete epoch is saved. loss_fn: from logits
+    (B, classes) and labels (B,) to the mean loss. augment: from uint8 images (B, C, H, W) to such, or floats
+    from 0 to 1; or a v2 transform, called for each image. If after_epoch(row) is True, the run ends."""
     if isinstance(augment, nn.Module) or type(augment).__module__.startswith("torchvision."):
         transform = augment  # it draws once for all that it is given
         augment = lambda images: torch.stack([transform(image) for image in images])  # noqa: E731
@@ -600,24 +599,25 @@ def fit(
                 raise UserError("the loss is not finite: try a smaller --lr")
             step_scheduler(scheduler, row)
             run = save_epoch(run, row, losses, args)
-            if after_epoch and after_epoch(row):
+            if after_epoch and after_epoch({**row}):
                 break
     except (KeyboardInterrupt, UserError) as stop:
         epochs = len(run["history"]) if Path(args.out, "last.pt").exists() else 0
         saved = f"{stop}; {epochs} of {args.epochs} epochs are saved in {args.out}"
         if isinstance(stop, KeyboardInterrupt):
             draw_results(run, predictions, test_set, args)
-            saved += f", continue with {shlex.join(['--resume', '--out', args.out])}"
+            saved += f", continue with {shlex.join(['--resume', '--out', args.out])}" * (epochs > 0)
         raise type(stop)(saved) from None
+    finally:
+        Path(args.out, "lock").unlink(missing_ok=True)
     predictions = predictions or evaluate(model, test_set, args)[1]  # of a complete run, resumed
     draw_results(run, predictions, test_set, args)
     report(run["history"], predictions, test_set, args)
-    Path(args.out, "lock").unlink(missing_ok=True)
     return run["history"]
 
 
 def train_one_epoch(model, dataset, loss_fn, optimizer, args, epoch, scheduler=None, augment=None):
-    """Train on every image once; returns its part of the row of history.csv, and the rows of loss.csv: the
+    """Train for an epoch; returns its part of the row of history.csv, and the rows of loss.csv: the
     last step of each 1/50 of the epoch, and the mean loss in it. For the arguments see `fit`."""
     start, lr = time.perf_counter(), float(optimizer.param_groups[0]["lr"])
     order, title, metrics = shuffle(len(dataset), args, epoch), f"epoch {epoch}/{args.epochs}", Metrics()
@@ -712,7 +712,7 @@ def open_run(args: Namespace) -> None:
 
 def start_or_resume(model: nn.Module, optimizer: Optimizer, scheduler, train_set: ImageDataset, args) -> dict:
     """What a checkpoint holds, {name: value}: of a new run, or of the one that `args.checkpoint` is from."""
-    spec, saved = asdict(train_set.spec), args.checkpoint
+    spec, saved = json.loads(json.dumps(asdict(train_set.spec))), args.checkpoint
     setup = {**args.settings, **spec, "training images": len(train_set)}
     setup |= {"optimizer": type(optimizer).__name__, "scheduler": type(scheduler).__name__}
     setup["epochs of the schedule"] = args.epochs if args.tuned else None
@@ -720,7 +720,7 @@ def start_or_resume(model: nn.Module, optimizer: Optimizer, scheduler, train_set
     run |= {"setup": setup, "model": model, "optimizer": optimizer, "scheduler": scheduler}
     if not saved:
         return run | {"history": [], "losses": []}
-    free = [*FREE, "training images"] if args.skip_bad else FREE  # what --resume may change
+    free = FREE + ["training images"] * (args.skip_bad and len(train_set) < saved["setup"]["training images"])
     for name, value in setup.items():
         if name not in free and value != (before := saved["setup"].get(name)):
             raise UserError(f"--resume cannot change {name} from {before} to {value}: name another --out")
@@ -790,11 +790,11 @@ def load_checkpoint(path: str | Path, any_format: bool = False) -> dict:
         image = torch.from_numpy(prepare(np.zeros((9, 9, 3), np.uint8), spec)).movedim(-1, 0)
         plain = json.loads(json.dumps({k: checkpoint[k] for k in ("settings", "setup", "history", "losses")}))
         history = [[row[name] for name in COLUMNS] for row in plain["history"]]
-        tensors = [torch.tensor(table).movedim(0, 1) for table in (history, plain["losses"])]
+        tensors = [torch.tensor(table).movedim(0, 1) for table in (history, plain["losses"])]  # 2-D
         tensors += [Normalize(spec)(image).mean(), *checkpoint["model"].values()]
         stored = all(t.numel() <= t.untyped_storage().nbytes() <= size for t in tensors)
-        finite = stored and all(t.isfinite().all() for t in tensors)
-        if not finite or checkpoint["format"] != FORMAT or not 1 <= len(spec.classes) <= 10_000:
+        sound = stored and all(t.isfinite().all() for t in tensors) and len(history) == history[-1][0]
+        if not sound or checkpoint["format"] != FORMAT or not 1 <= len(spec.classes) <= 10_000:
             raise ValueError
         return {**checkpoint, **plain, "setup": {**plain["settings"], **plain["setup"]}}
     except Exception:  # damaged bytes can raise anything in there
@@ -807,7 +807,7 @@ def describe_run(model: nn.Module, train_set: ImageDataset, test_set: ImageDatas
     names = layers if len(layers) <= 16 else {block: name for name, block in model.named_children()}
 
     def print_layer(layer, inputs, output):
-        if layer in names:
+        if layer in names and isinstance(output, Tensor):
             shape, count = "x".join(map(str, output.shape[1:])), sum(p.numel() for p in layer.parameters())
             print(f"  {names[layer]:<20}{type(layer).__name__:<22}{shape:<18}{count:>12,}")
 
@@ -844,7 +844,7 @@ def report(history: list[dict], predictions: tuple, test_set: ImageDataset, args
     print(f"best epoch: {best['epoch']}, {args.evaluated_on} accuracy {best['test_accuracy']:.4f}")
     recipe, here = args.recipe.resolve(), Path(__file__).resolve().parent
     option = [] if recipe.stem in RECIPES and recipe.parent == here else ["--recipe", os.path.relpath(recipe)]
-    command = ["python", os.path.relpath(here / "predict.py"), *option, str(Path(args.out, "best.pt"))]
+    command = ["python", os.path.relpath(here / "predict.py"), *option, Path(args.out, "best.pt").as_posix()]
     print(f"classify: {shlex.join(command)} IMAGE...")
 
 
@@ -865,7 +865,7 @@ def draw_grid(images: Sequence[Tensor], titles: Sequence[str], heading: str, mar
 
 def draw_results(run: dict, predictions: tuple | None, test_set: ImageDataset, args: Namespace) -> None:
     """curves.png, confusion.png and mistakes.png, of the epochs so far."""
-    if not (HAS_MATPLOTLIB and is_main_process() and predictions):
+    if not (HAS_MATPLOTLIB and is_main_process() and predictions and run["history"]):
         return
     Figure = importlib.import_module("matplotlib.figure").Figure
     history, losses, names = run["history"], run["losses"], [printable(x)[:15] for x in test_set.spec.classes]

@@ -20,7 +20,7 @@ from torch import nn
 
 def data_parallel(model, args):
     """The model on all GPUs: DataParallel copies it to each for every batch, and splits the batch."""
-    gpus = torch.cuda.device_count() if args.device.type == "cuda" else 1
+    gpus = torch.cuda.device_count() if args.device == torch.device("cuda:0") else 1
     if gpus == 1:
         print(f"one device, {args.device}: there is nothing to split a batch over")
         return model

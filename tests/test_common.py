@@ -2,6 +2,7 @@
 
 import argparse
 import bz2
+import dataclasses
 import hashlib
 import http.server
 import io
@@ -345,6 +346,24 @@ def test_after_epoch_gets_the_row_and_may_end_the_run(tmp_path, digits, capsys, 
     history, _, _ = train(tmp_path, subset(digits[1], 60), "a", 9, after_epoch=stop)
     assert history == rows and len(history) == 2
     assert "best epoch: " in capsys.readouterr().out and (tmp_path / "a/confusion.png").exists()
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm, self.fc = nn.LSTM(96, 8, batch_first=True), nn.Linear(8, 10)
+
+    def forward(self, x):
+        return self.fc(self.lstm(x.flatten(1, 2).movedim(1, 2).reshape(len(x), 32, 96))[0][:, -1])
+
+
+def test_what_a_copied_recipe_may_have_trains_and_resumes(tmp_path, digits, capsys):
+    data = subset(digits[1], 60)
+    data.spec = dataclasses.replace(data.spec, classes=tuple(data.spec.classes))
+    note = lambda row: row.update(norm=torch.ones(1))  # noqa: E731
+    for epochs in (2, 3):
+        history, _, _ = train(tmp_path, data, "a", epochs, model=Recurrent, after_epoch=note)
+    assert len(history) == 3 and capsys.readouterr().out.count("best epoch") == 2
 
 
 def test_batch_normalization_leaves_a_last_batch_of_one_image_out(tmp_path, digits):

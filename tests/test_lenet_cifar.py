@@ -212,6 +212,17 @@ def test_tuned_is_in_bfloat16_where_the_cpu_has_amx_and_amp_says_where_not(monke
     assert precision == (fast if amx else slow)
 
 
+def test_the_device_is_not_the_runs_but_each_process_picks_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda emulated: True)
+    for rank in ("0", "1"):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        args = lenet_cifar.parser().parse_args(["--tuned"])
+        assert (
+            str(args.device) == f"cuda:{rank}" and args.settings["device"] == "auto" and args.settings["amp"]
+        )
+
+
 def test_amp_and_tensorboard_run(tmp_path, folder):
     out, _ = run(SCRIPT, "--data", folder, "--epochs", 1, "--amp", "--tensorboard", cwd=tmp_path)
     assert "in bfloat16" in out
@@ -294,7 +305,7 @@ def test_a_closed_pipe_ends_quietly(tmp_path):
         (["--batch-size", "-4"], ["--batch-size", "-4"]),
         (["--lr", "0"], ["--lr", "0"]),
         (["--lr", "inf"], ["--lr", "inf"]),
-        (["--data", "drawn", "--holdout", "99999"], ["--holdout 99999 leaves none"]),
+        (["--data", "drawn", "--holdout", "99999"], ["--holdout leaves none"]),
         (["--data", "drawn", "--out", "/dev/null/run"], ["/dev/null/run", "--out"]),
         (["--data", "."], ["CIFAR10", "--data drawn"]),
         (["--data", "mistyped"], ["no folder mistyped", "--download"]),

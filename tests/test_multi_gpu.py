@@ -105,10 +105,21 @@ def test_a_group_learns_what_one_process_learns(tmp_path, folder):
 
 
 def test_fewer_pictures_than_processes_still_count_once(tmp_path, folder):
-    args = ["--data", folder, "--epochs", 1, "--batch-size", 59, "--lr", 0.01]  # the last batch has 1 picture
+    args = [
+        "--data",
+        folder,
+        "--epochs",
+        1,
+        "--batch-size",
+        58,
+        "--lr",
+        0.01,
+    ]  # the last batch has 2 pictures
     run("quick_cifar.py", *args, "--out", "one", cwd=tmp_path)
     run_group(3, SCRIPT, "--recipe", "quick_cifar", *args, "--out", "group", cwd=tmp_path)
     assert_close(tmp_path / "one", tmp_path / "group", 1e-5)
+    out, _ = run_group(3, "mnist_cnn.py", *args, "--tuned", cwd=tmp_path)  # with data augmentation
+    assert out.count("best epoch") == 1
 
 
 def test_one_process_says_so_and_trains_as_the_recipe_does(tmp_path, folder):
