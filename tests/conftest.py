@@ -6,6 +6,7 @@ import runpy
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cv2
@@ -22,6 +23,10 @@ WARM = multiprocessing.get_context("forkserver")
 WARM.set_forkserver_preload(["torch", "torchvision", "torch._dynamo", "cv2", "matplotlib.figure", "conftest"])
 
 
+SLOW = {}  # {name of a test: what it is about, a function}
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}  # before a test changes it
+
+
 def hear_ctrl_c():
     """What was started in the background, as CI may start pytest, ignores SIGINT, and so do its children."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -31,8 +36,8 @@ def start(script, *args, cwd, **options):
     """Start a script as the user does, `python SCRIPT ...` in the folder `cwd`; returns the process."""
     command = [sys.executable, str(ROOT / script), *map(str, args)]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
-    options["preexec_fn"] = hear_ctrl_c
-    return subprocess.Popen(command, cwd=cwd, env={**os.environ, "PYTHONPATH": str(ROOT)}, **options)
+    options = {"env": {**os.environ, "PYTHONPATH": str(ROOT)}, "preexec_fn": hear_ctrl_c, **options}
+    return subprocess.Popen(command, cwd=cwd, **options)
 
 
 def run(script, *args, cwd, status=0, before=None, figures=False):
@@ -80,17 +85,28 @@ def few_digits():
     common.draw_digits = lambda part, spec: draw("test", spec)
 
 
+def slow(work):
+    """Have `work`, a function of an empty folder, run beside the other tests; the test of the same name, with
+    test_ before it, gets what it returns as the fixture `done`."""
+    SLOW[f"test_{work.__name__}"] = work
+    return work
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.name in SLOW)  # last
+
+
 @pytest.fixture(scope="session", autouse=True)
-def fuzzer(request, tmp_path_factory):
-    """tests/fuzz.py, at work beside the other tests, if test_fuzz.py is one of them."""
-    if not any(item.path.name == "test_fuzz.py" for item in request.session.items):
-        yield None
-        return
-    args = ("--count", 100, "--seed", 0, "--seconds", 60)  # a slow machine is no failure
-    process = start("tests/fuzz.py", *args, cwd=tmp_path_factory.mktemp("fuzz"))
-    yield process
-    process.kill()
-    process.communicate()
+def works(request, tmp_path_factory):
+    names = {item.name for item in request.session.items}
+    pool = ThreadPoolExecutor(1)
+    yield {name: pool.submit(SLOW[name], tmp_path_factory.mktemp("slow")) for name in SLOW if name in names}
+    pool.shutdown(cancel_futures=True)
+
+
+@pytest.fixture
+def done(request, works):
+    return works[request.node.name].result()
 
 
 def one_error_line(err, *parts):

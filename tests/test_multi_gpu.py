@@ -16,7 +16,7 @@ import common
 
 import pytest
 import torch
-from conftest import ROOT, finish, one_error_line, run, warm
+from conftest import ENVIRONMENT, ROOT, finish, one_error_line, run, slow, warm
 
 SCRIPT = "multi_gpu.py"
 LENET = "lenet_cifar.py"
@@ -61,7 +61,7 @@ def torchrun(*args, cwd):
         f"--master-port={free_port()}",
     ]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    return subprocess.Popen([*command, *map(str, args)], cwd=cwd, **pipes)
+    return subprocess.Popen([*command, *map(str, args)], cwd=cwd, env=ENVIRONMENT, **pipes)
 
 
 def children(parent):
@@ -148,36 +148,53 @@ def test_help_has_the_flags_of_the_recipe_too(tmp_path):
     assert "--activation" in text and "--demo" in text and "of all processes together" in text
 
 
-def test_bad_use_is_one_message_of_one_process(tmp_path, folder):
-    bad = [("--data", folder, "--epochs", 0), ("--data", tmp_path / "missing")]
-    started = [torchrun(ROOT / LENET, *args, cwd=tmp_path) for args in bad]
-    for process, parts in zip(started, [["--epochs"], ["missing", "--download"]], strict=True):
-        _, err = process.communicate(timeout=60)
+@slow
+def bad_use_is_one_message_of_one_process(cwd):
+    bad = [("--data", "drawn", "--epochs", 0), ("--data", "missing")]
+    started = [torchrun(ROOT / LENET, *args, cwd=cwd) for args in bad]
+    return [(process, process.communicate(timeout=100)[1]) for process in started]
+
+
+def test_bad_use_is_one_message_of_one_process(done):
+    for (process, err), parts in zip(done, [["--epochs"], ["missing", "--download"]], strict=True):
         lines = [line for line in err.splitlines(keepends=True) if "error: " in line and line[0] == "l"]
         one_error_line("".join(lines), *parts)
         assert process.returncode == 1 and "exitcode  : 2" in err
 
 
-def test_a_raising_worker_ends_the_others_and_is_the_one_that_speaks(tmp_path, folder):
+@slow
+def a_raising_worker_ends_the_others_and_is_the_one_that_speaks(cwd):
     text = (ROOT / "lenet_cifar.py").read_text()
     line, bug = "        x = x.flatten(1)", "; int(__import__('os').environ['RANK']) and 1 / 0"
-    (tmp_path / "my_net.py").write_text(text.replace(line, line + bug))
-    process = torchrun(ROOT / SCRIPT, "--recipe", "my_net.py", "--data", folder, cwd=tmp_path)
-    _, err = process.communicate(timeout=30)
+    (cwd / "my_net.py").write_text(text.replace(line, line + bug))
+    process = torchrun(ROOT / SCRIPT, "--recipe", "my_net.py", "--data", "drawn", cwd=cwd)
+    return process, process.communicate(timeout=100)[1]
+
+
+def test_a_raising_worker_ends_the_others_and_is_the_one_that_speaks(done):
+    process, err = done
     assert process.returncode == 1
     assert err.index("ZeroDivisionError: division by zero") < err.index("Root Cause")
     assert "another process is gone" not in err
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="finds the worker in Linux's /proc")
-def test_a_killed_worker_comes_back_and_the_run_ends_as_if_nothing_had_been(tmp_path, folder):
-    args = ["--data", folder, "--epochs", 8, "--batch-size", 4]
-    run_group(2, LENET, *args, "--out", "calm", cwd=tmp_path)
-    process = torchrun("--max-restarts=3", ROOT / LENET, *args, "--out", "killed", cwd=tmp_path)
-    while not (tmp_path / "killed/last.pt").exists():
+@slow
+def a_killed_worker_comes_back_and_the_run_ends_as_if_nothing_had_been(cwd):
+    if not Path("/proc/self/status").exists():
+        return None
+    args = ["--data", "drawn", "--limit-batches", 15, "--epochs", 8, "--batch-size", 4]
+    run_group(2, LENET, *args, "--out", "calm", cwd=cwd)
+    process = torchrun("--max-restarts=3", ROOT / LENET, *args, "--out", "killed", cwd=cwd)
+    while not (cwd / "killed/last.pt").exists() and process.poll() is None:
         time.sleep(0.02)
     os.kill(max(children(process.pid)), signal.SIGKILL)
-    out, err = process.communicate(timeout=60)
+    return cwd, process, *process.communicate(timeout=100)
+
+
+def test_a_killed_worker_comes_back_and_the_run_ends_as_if_nothing_had_been(done):
+    if done is None:
+        pytest.skip("finds the worker in Linux's /proc")
+    cwd, process, out, err = done
     assert process.returncode == 0, err
     assert out.count("lenet_cifar on cpu") == 2  # it was started twice
-    assert_close(tmp_path / "calm", tmp_path / "killed", 0)
+    assert_close(cwd / "calm", cwd / "killed", 0)
