@@ -43,7 +43,7 @@ except ImportError as error:
     libgl = "for libGL, apt-get install libgl1, or pip install opencv-python-headless"
     sys.exit(f"error: {error}: pip install -r requirements.txt; {libgl}")
 cv2.setNumThreads(0)  # of its own: images are decoded in our threads
-warnings.filterwarnings("ignore", "Glyph|Detected pickle|Validating|Casting complex|Using a non-tuple")
+warnings.filterwarnings("ignore", "Glyph|Detected pickle|Validating|Casting|Using a non|Sparse|invalid value")
 with contextlib.suppress(AttributeError, OSError, TypeError):  # glibc: to keep freed memory for the next
     ctypes.CDLL(None).mallopt(-3, 2**25)  # step saves a seventh of it; M_MMAP_THRESHOLD, bytes,
     ctypes.CDLL(None).mallopt(-1, 2**30)  # and M_TRIM_THRESHOLD
