@@ -366,6 +366,17 @@ def test_what_a_copied_recipe_may_have_trains_and_resumes(tmp_path, digits, caps
     assert len(history) == 3 and capsys.readouterr().out.count("best epoch") == 2
 
 
+def test_an_interrupted_cell_of_a_notebook_runs_again(tmp_path, digits):
+    def stop(row):
+        raise KeyboardInterrupt
+
+    data = subset(digits[1], 60)
+    with pytest.raises(KeyboardInterrupt, match="1 of 2 epochs are saved in") as kept:
+        train(tmp_path, data, "a", 2, after_epoch=stop)
+    history, _, _ = train(tmp_path, data, "a", 2)  # while `kept` has the frames of the first, as IPython does
+    assert len(history) == 2 and kept
+
+
 def test_batch_normalization_leaves_a_last_batch_of_one_image_out(tmp_path, digits):
     make = lambda: network(nn.BatchNorm1d(10))  # noqa: E731
     history, _, _ = train(tmp_path, subset(digits[1], 33), "a", 2, model=make)
