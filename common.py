@@ -586,17 +586,14 @@ def fit(
     model.to(args.device, memory_format=torch.channels_last)  # the layout that convolutions are fastest with
     run, predictions = start_or_resume(model, optimizer, scheduler, train_set, args), None
     if is_main_process():
-        open_run(args)
+        open_run(run, args)
         describe_run(model, train_set, test_set, augment, args)
-    args.checkpoint = None  # its memory is needed
     net = parallelize(model, args)
     try:
         for epoch in range(len(run["history"]) + 1, args.epochs + 1):
             row, losses = train_one_epoch(net, train_set, loss_fn, optimizer, args, epoch, scheduler, augment)
             tested, predictions = evaluate(model, test_set, args)
             row |= tested
-            if not math.isfinite(row["train_loss"] + row["test_loss"]):
-                raise UserError("the loss is not finite: try a smaller --lr")
             step_scheduler(scheduler, row)
             run = save_epoch(run, row, losses, args)
             if after_epoch and after_epoch({**row}):
@@ -611,8 +608,7 @@ def fit(
     finally:
         Path(args.out, "lock").unlink(missing_ok=True)
     predictions = predictions or evaluate(model, test_set, args)[1]  # of a complete run, resumed
-    draw_results(run, predictions, test_set, args)
-    report(run["history"], predictions, test_set, args)
+    report(run, predictions, test_set, args)
     return run["history"]
 
 
@@ -686,7 +682,7 @@ def step_scheduler(scheduler: lr_scheduler.LRScheduler | None, row: dict | None 
         scheduler.step(row["test_loss"]) if plateau else scheduler.step()
 
 
-def open_run(args: Namespace) -> None:
+def open_run(run: dict, args: Namespace) -> None:
     """Make the run folder and lock it; move an earlier run in it aside. Sets `args.writer`."""
     out = Path(args.out)
     try:
@@ -700,7 +696,7 @@ def open_run(args: Namespace) -> None:
     except OSError as error:
         raise UserError(f"cannot write to {out}, or lock it ({error.strerror}): name another --out") from None
     (out / "lock").write_text(str(os.getpid()))
-    if not args.checkpoint and any(out.glob("*.pt")):
+    if not run["history"] and any(out.glob("*.pt")):
         aside = next(path for n in range(1, 10**6) if not (path := Path(f"{out}-{n}")).exists())
         aside.mkdir()
         for file in {*out.iterdir()} - {out / "lock"}:
@@ -712,7 +708,7 @@ def open_run(args: Namespace) -> None:
 
 def start_or_resume(model: nn.Module, optimizer: Optimizer, scheduler, train_set: ImageDataset, args) -> dict:
     """What a checkpoint holds, {name: value}: of a new run, or of the one that `args.checkpoint` is from."""
-    spec, saved = json.loads(json.dumps(asdict(train_set.spec))), args.checkpoint
+    spec, saved, args.checkpoint = json.loads(json.dumps(asdict(train_set.spec))), args.checkpoint, None
     setup = {**args.settings, **spec, "training images": len(train_set)}
     setup |= {"optimizer": type(optimizer).__name__, "scheduler": type(scheduler).__name__}
     setup["epochs of the schedule"] = args.epochs if args.tuned else None
@@ -720,7 +716,8 @@ def start_or_resume(model: nn.Module, optimizer: Optimizer, scheduler, train_set
     run |= {"setup": setup, "model": model, "optimizer": optimizer, "scheduler": scheduler}
     if not saved:
         return run | {"history": [], "losses": []}
-    free = FREE + ["training images"] * (args.skip_bad and len(train_set) < saved["setup"]["training images"])
+    fewer = args.skip_bad and len(train_set) < saved["setup"].get("training images", 0)
+    free = FREE + ["training images"] * (fewer and not args.holdout)  # what --resume may change
     for name, value in setup.items():
         if name not in free and value != (before := saved["setup"].get(name)):
             raise UserError(f"--resume cannot change {name} from {before} to {value}: name another --out")
@@ -735,6 +732,8 @@ def start_or_resume(model: nn.Module, optimizer: Optimizer, scheduler, train_set
 
 def save_epoch(run: dict, row: dict, losses: list, args: Namespace) -> dict:
     """Return the run with an epoch more, saved, last.pt last of all, printed, and sent to TensorBoard."""
+    if not math.isfinite(row["train_loss"] + row["test_loss"]):
+        raise UserError("the loss is not finite: try a smaller --lr")
     run = {**run, "history": [*run["history"], row], "losses": run["losses"] + losses}
     if not is_main_process():
         return run
@@ -829,18 +828,19 @@ def describe_run(model: nn.Module, train_set: ImageDataset, test_set: ImageDatas
     print(f" epoch  train loss  accuracy  {args.evaluated_on:>10} loss  accuracy  seconds  images/s")
 
 
-def report(history: list[dict], predictions: tuple, test_set: ImageDataset, args: Namespace) -> None:
-    """Print the surest mistakes, the accuracy per class, the best epoch and how to predict."""
+def report(run: dict, predictions: tuple, test_set: ImageDataset, args: Namespace) -> None:
+    """Draw the results; print the surest mistakes, the accuracy per class, the best epoch, how to predict."""
+    draw_results(run, predictions, test_set, args)
     (predicted, probability, mistakes), labels = predictions, test_set.labels.cpu()
     names, images = [printable(name) for name in test_set.spec.classes], f"{args.evaluated_on} image"
     print("\nmost confident mistakes:")
     for i in mistakes[:3]:
         print(f"  {images} {i}: {names[predicted[i]]} ({probability[i]:.4f}), is {names[labels[i]]}")
-    print(f"{args.evaluated_on} accuracy per class, epoch {len(history)}:")
+    print(f"{args.evaluated_on} accuracy per class, epoch {len(run['history'])}:")
     for i, name in enumerate(names):
         correct = predicted[labels == i] == i
         print(f"  {name:<20} {f'{correct.double().mean():.4f}' if len(correct) else 'no images'}")
-    best = max(history, key=lambda row: row["test_accuracy"])
+    best = max(run["history"], key=lambda row: row["test_accuracy"])
     print(f"best epoch: {best['epoch']}, {args.evaluated_on} accuracy {best['test_accuracy']:.4f}")
     recipe, here = args.recipe.resolve(), Path(__file__).resolve().parent
     option = [] if recipe.stem in RECIPES and recipe.parent == here else ["--recipe", os.path.relpath(recipe)]
