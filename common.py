@@ -717,7 +717,7 @@ def start_or_resume(model: nn.Module, optimizer: Optimizer, scheduler, train_set
     if not saved:
         return run | {"history": [], "losses": []}
     fewer = args.skip_bad and len(train_set) < saved["setup"].get("training images", 0)
-    free = FREE + ["training images"] * (fewer and not args.holdout)  # what --resume may change
+    free = FREE + ["training images"] * bool(fewer and not args.holdout)  # what --resume may change
     for name, value in setup.items():
         if name not in free and value != (before := saved["setup"].get(name)):
             raise UserError(f"--resume cannot change {name} from {before} to {value}: name another --out")
@@ -793,7 +793,7 @@ def load_checkpoint(path: str | Path, any_format: bool = False) -> dict:
         tensors += [Normalize(spec)(image).mean(), *checkpoint["model"].values()]
         stored = all(t.numel() <= t.untyped_storage().nbytes() <= size for t in tensors)
         sound = stored and all(t.isfinite().all() for t in tensors) and len(history) == history[-1][0]
-        if not sound or checkpoint["format"] != FORMAT or not 1 <= len(spec.classes) <= 10_000:
+        if not sound or checkpoint["format"] != FORMAT or not 1 <= len(spec.classes[:]) <= 10_000:
             raise ValueError
         return {**checkpoint, **plain, "setup": {**plain["settings"], **plain["setup"]}}
     except Exception:  # damaged bytes can raise anything in there
