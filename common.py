@@ -355,6 +355,8 @@ def load_data(args: Namespace, dataset: str, **spec) -> tuple[ImageDataset, Imag
         parts = [read_torchvision(dataset, name, args, spec) for name in names]
     if get_world_size() > 1 and os.environ.get("LOCAL_RANK", "0") == "0":
         dist.barrier()
+    if args.holdout >= len(parts[0]):
+        raise UserError(f"--holdout {args.holdout} leaves none of {len(parts[0])} training images")
     if args.holdout:
         train = random.Random(args.seed).sample(parts[0], len(parts[0]))
         parts = [train[args.holdout :], train[: args.holdout]]
@@ -472,7 +474,7 @@ def load_images(pairs: list[tuple], spec: Spec, args: Namespace) -> ImageDataset
         pairs = [pair for pair, image in read if image is not None]
         print(f"{count - len(pairs)} of {count} images are unreadable and left out")
     if not pairs:
-        raise UserError("no image can be read" + ", or --holdout leaves none" * (args.holdout > 0))
+        raise UserError("no image can be read")
     dataset = ImageDataset(*zip(*pairs, strict=True), spec)
     shape = (len(pairs), spec.size, spec.size, spec.channels)
     if math.prod(shape) > IN_MEMORY:
@@ -856,8 +858,7 @@ def draw_grid(images: Sequence[Tensor], titles: Sequence[str], heading: str, mar
     for i, (image, title) in enumerate(zip(images, titles, strict=True)):
         axes = figure.add_subplot(rows, 8, i + 1)
         axes.set_axis_off()
-        white = 1 if image.is_floating_point() else 255
-        axes.imshow(image.movedim(0, -1).numpy(), cmap="gray", vmin=0, vmax=white)
+        axes.imshow(image.movedim(0, -1), cmap="gray", vmin=0, vmax=255 if image.dtype == torch.uint8 else 1)
         text = "\n".join(printable(line)[:15] for line in title.split("\n"))
         axes.set_title(text, size=8, color="red" if i in marked else "black", parse_math=False)
     return figure
@@ -882,14 +883,13 @@ def draw_results(run: dict, predictions: tuple | None, test_set: ImageDataset, a
     figure.savefig(Path(args.out, "curves.png"))
     n, every = len(names), math.ceil(len(names) / 40)  # more names would overlap
     counts = (labels * n + predicted).bincount(minlength=n * n).view(n, n)
-    figure = Figure(figsize=(11, 10), layout="constrained", dpi=110)
-    axes = figure.subplots()
+    axes = Figure(figsize=(11, 10), layout="constrained", dpi=110).subplots()
     colors = axes.imshow((counts / counts.sum(1, keepdim=True)).numpy(), cmap="Blues", vmin=0, vmax=1)
-    figure.colorbar(colors, label="fraction of the true class")
+    axes.figure.colorbar(colors, label="fraction of the true class")
     axes.set_xticks(range(0, n, every), names[::every], rotation=90, parse_math=False)
     axes.set_yticks(range(0, n, every), names[::every], parse_math=False)
     axes.set(xlabel="predicted class", ylabel="true class", title=f"{args.evaluated_on} images")
-    figure.savefig(Path(args.out, "confusion.png"))
+    axes.figure.savefig(Path(args.out, "confusion.png"))
     if mistakes := mistakes[:32]:
         titles = [f"{names[predicted[i]]}\n{probability[i]:.2f}\n({names[labels[i]]})" for i in mistakes]
         heading = "Most confident mistakes: predicted class, probability, (true class)"

@@ -305,7 +305,7 @@ def test_a_closed_pipe_ends_quietly(tmp_path):
         (["--batch-size", "-4"], ["--batch-size", "-4"]),
         (["--lr", "0"], ["--lr", "0"]),
         (["--lr", "inf"], ["--lr", "inf"]),
-        (["--data", "drawn", "--holdout", "99999"], ["--holdout leaves none"]),
+        (["--data", "drawn", "--holdout", "99999"], ["--holdout 99999", "10000"]),
         (["--data", "drawn", "--out", "/dev/null/run"], ["/dev/null/run", "--out"]),
         (["--data", "."], ["CIFAR10", "--data drawn"]),
         (["--data", "mistyped"], ["no folder mistyped", "--download"]),

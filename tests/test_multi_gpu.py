@@ -105,16 +105,7 @@ def test_a_group_learns_what_one_process_learns(tmp_path, folder):
 
 
 def test_fewer_pictures_than_processes_still_count_once(tmp_path, folder):
-    args = [
-        "--data",
-        folder,
-        "--epochs",
-        1,
-        "--batch-size",
-        58,
-        "--lr",
-        0.01,
-    ]  # the last batch has 2 pictures
+    args = ["--data", folder, "--epochs", 1, "--batch-size", 58, "--lr", 0.01]  # the last batch has 2
     run("quick_cifar.py", *args, "--out", "one", cwd=tmp_path)
     run_group(3, SCRIPT, "--recipe", "quick_cifar", *args, "--out", "group", cwd=tmp_path)
     assert_close(tmp_path / "one", tmp_path / "group", 1e-5)
@@ -182,7 +173,7 @@ def test_a_raising_worker_ends_the_others_and_is_the_one_that_speaks(done):
 def a_killed_worker_comes_back_and_the_run_ends_as_if_nothing_had_been(cwd):
     if not Path("/proc/self/status").exists():
         return None
-    args = ["--data", "drawn", "--limit-batches", 15, "--epochs", 8, "--batch-size", 4]
+    args = ["--data", "drawn", "--limit-batches", 15, "--epochs", 40, "--batch-size", 4]
     run_group(2, LENET, *args, "--out", "calm", cwd=cwd)
     process = torchrun("--max-restarts=3", ROOT / LENET, *args, "--out", "killed", cwd=cwd)
     while not (cwd / "killed/last.pt").exists() and process.poll() is None:
