@@ -173,9 +173,10 @@ def time_workers(name, batches, *flags):
 # ------------------------------------------------------ ways to train: functions that return images/s
 def recipe_loop(run):
     net, epochs = common.parallelize(run.model, run.args), itertools.count(1)
+    run.train_set.augment = run.augment
 
     def train_epoch():
-        how = (run.loss_fn, run.optimizer, run.args, next(epochs), run.scheduler, run.augment)
+        how = (run.loss_fn, run.optimizer, run.args, next(epochs), run.scheduler)
         return common.train_one_epoch(net, run.train_set, *how)[0]["images_per_second"]
 
     return train_epoch
@@ -187,9 +188,9 @@ def textbook_loop(run, workers):
 
 
 def compute_loop(run, count):
-    order = torch.arange(min(run.args.batch_size, len(run.train_set)))
-    _, images, labels = next(common.load_batches(run.train_set, order, len(order), run.args, ""))
-    return lambda: count * len(order) / plain_loop(run, [(images, labels)] * count)
+    batch = torch.arange(min(run.args.batch_size, len(run.train_set)))
+    _, *data = next(common.load_batches(run.train_set, [batch], run.args))
+    return lambda: count * len(batch) / plain_loop(run, [data] * count)
 
 
 # ------------------------------------------------------------ the parts, which return {row: {column: figure}}

@@ -6,7 +6,6 @@ import contextlib
 import csv
 import ctypes
 import importlib.util
-import inspect
 import json
 import math
 import os
@@ -21,7 +20,7 @@ import time
 import warnings
 import zipfile
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -29,8 +28,7 @@ from pathlib import Path
 os.environ.setdefault("OPENCV_LOG_LEVEL", "OFF")  # a damaged file is reported once, by this module
 os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(2**27))  # what claims to have more is not decoded
 
-sys.excepthook = lambda kind, *e, old=sys.excepthook: print() if kind is KeyboardInterrupt else old(kind, *e)
-try:  # takes seconds, in which Ctrl-C ends without a traceback; later, `cli` sees to it
+try:  # takes seconds
     import cv2
     import numpy as np
     import torch
@@ -42,6 +40,8 @@ try:  # takes seconds, in which Ctrl-C ends without a traceback; later, `cli` se
 except ImportError as error:
     libgl = "for libGL, apt-get install libgl1, or pip install opencv-python-headless"
     sys.exit(f"error: {error}: pip install -r requirements.txt; {libgl}")
+except KeyboardInterrupt:
+    sys.exit(130)  # without a traceback; later, `cli` sees to it
 cv2.setNumThreads(0)  # of its own: images are decoded in our threads
 warnings.filterwarnings("ignore", "Glyph|Detected pickle|Validating|Casting|Using a non|Sparse|invalid value")
 with contextlib.suppress(AttributeError, OSError, TypeError):  # glibc: to keep freed memory for the next
@@ -71,21 +71,23 @@ class UserError(Exception):
 
 def cli(main: Callable[[], object]) -> None:
     """Run a script's `main()`. Exits with status 2 after a UserError, 130 after Ctrl-C, 143 after SIGTERM."""
-    store, status, signals = None, 2, [signal.SIGINT]  # SIGTERM, of schedulers, stops a run as Ctrl-C does
-    signal.signal(signal.SIGTERM, lambda *how: signals.append(how[0]) or signal.default_int_handler(*how))
+    store = None
+
+    def terminate(*_):  # SIGTERM, which job schedulers send, stops a run as Ctrl-C does
+        raise KeyboardInterrupt(" by SIGTERM")
+
+    signal.signal(signal.SIGTERM, terminate)
     try:
-        store = init_distributed()
+        store = init_distributed() if int(os.environ.get("WORLD_SIZE", 1)) > 1 else None
         main()
         sys.stdout.flush()
-        if store:
-            dist.destroy_process_group()
-        return
+        return dist.destroy_process_group() if store else None
     except BrokenPipeError:  # `| head` has seen enough
         os._exit(141)  # at once, since to flush what is left would fail again
     except KeyboardInterrupt as stop:
-        text, status = f"stopped{stop}", 128 + signals[-1]
+        text, status = f"stopped{stop}", 143 if "SIGTERM" in str(stop) else 130
     except Exception as error:
-        text = f"error: {error}"
+        text, status = f"error: {error}", 2
         if isinstance(error, ModuleNotFoundError):
             text += f": pip install {error.name}"
         elif not isinstance(error, (UserError, OSError)) and not re.search("allocate|onnection", text):
@@ -134,6 +136,7 @@ class RecipeParser(ArgumentParser):
             checkpoint = load_checkpoint(last)
             self.set_defaults(**{**checkpoint["settings"], "out": args.out, "resume": args.resume})
         args = super().parse_args(argv)
+        settings = {name: value for name, value in vars(args).items() if name not in ("out", "resume")}
         for name, least in self.least.items():
             value, most = getattr(args, name), 1e38 if name == "lr" else 2**31 - 1
             optional = value is None and name in ("limit_batches", "size")
@@ -145,8 +148,7 @@ class RecipeParser(ArgumentParser):
         args.amp = args.tuned and fast if args.amp is None else args.amp  # by itself where it is fast
         if args.compile and args.device.type == "cpu":
             raise UserError("--compile is for GPUs: on a CPU these networks are slower with it")
-        given = {k: v for k, v in vars(super().parse_args(argv)).items() if k not in ("out", "resume")}
-        args.settings = json.loads(json.dumps(given | {"amp": args.amp}, default=str))  # plain Python values
+        args.settings = json.loads(json.dumps(settings | {"amp": args.amp}, default=str))  # of plain types
         args.recipe, args.data, args.checkpoint, args.writer = self.file, str(args.data), checkpoint, None
         args.precision = "bfloat16" + ", often slower than float32" * (not fast) if args.amp else "float32"
         return args
@@ -192,17 +194,15 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def init_distributed() -> dist.Store | None:
+def init_distributed() -> dist.Store:
     """Join the processes that torchrun has started, of which the main one prints; returns their store."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return None
     with contextlib.suppress(AttributeError, OSError, TypeError):  # Linux: when torchrun is killed, so are we
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     store, rank, world_size = next(dist.rendezvous("env://"))
     if torch.cuda.is_available():  # for NCCL's barriers
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     # torchrun may keep its store over a restart: without a prefix, Gloo looks in it for processes that died.
-    store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     dist.init_process_group(store=store, rank=rank, world_size=world_size)  # NCCL for GPUs, Gloo for CPUs
     if rank > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
@@ -229,18 +229,17 @@ def all_reduce(tensor: Tensor) -> Tensor:
 
 def parallelize(model: nn.Module, args: Namespace) -> nn.Module:
     """The model as `fit` trains it: as it is, or compiled, or one of several processes."""
-    if args.compile:
-        model = torch.compile(model)
-    if get_world_size() == 1:
-        return model
-    model = nn.parallel.DistributedDataParallel(model)
 
     def weigh_gradients(module, inputs, logits):  # DDP takes their mean, but parts of a batch can differ
         images = torch.tensor(float(len(logits)), device=logits.device)
         share = images * get_world_size() / all_reduce(images.clone())
         logits.register_hook(lambda gradients: gradients * share)
 
-    model.register_forward_hook(weigh_gradients)
+    if args.compile:
+        model = torch.compile(model)
+    if get_world_size() > 1:
+        model = nn.parallel.DistributedDataParallel(model)
+        model.register_forward_hook(weigh_gradients)
     return model
 
 
@@ -263,10 +262,8 @@ class Spec:
 
 def decode(file: str | Path) -> np.ndarray | None:
     """An image file as uint8 RGB (H, W, 3), rotated as EXIF says, or alpha on white; None if unreadable."""
-    if not Path(file).is_file():  # a named pipe would have us wait
-        return None
     try:
-        data = np.fromfile(file, np.uint8)
+        data = np.fromfile(file if Path(file).is_file() else os.devnull, np.uint8)  # a pipe has no end
         image = cv2.imdecode(data, cv2.IMREAD_COLOR_RGB)  # without _RGB, OpenCV gives BGR
         if image is None or data[0] == 0xFF or image.size > 2**26:  # a JPEG has no alpha channel
             return image
@@ -309,13 +306,14 @@ def read_images(sources: Sequence, spec: Spec) -> Iterator[np.ndarray | None]:
 
 
 class ImageDataset(torch.utils.data.Dataset):
-    """Labelled images; a batch of them is one index operation, dataset[indices].
-    images: uint8 tensor (N, H, W, C), H = W = spec.size; or N sources, each read when it is asked for.
-    labels: int64 (N,), indices into spec.classes."""
+    """Labelled images; a batch of them is one index operation, dataset[indices]. images: uint8 (N, H, W, C),
+    H = W = spec.size, or N sources, each read when it is asked for; with skip_bad, another image of the batch
+    replaces one that cannot be read. labels: int64 (N,), indices into spec.classes."""
 
-    def __init__(self, images: Tensor | Sequence, labels, spec: Spec):
+    def __init__(self, images: Tensor | Sequence, labels: Tensor | Sequence, spec: Spec, skip_bad=False):
         self.images, self.labels, self.spec = images, torch.as_tensor(labels), spec
-        self.normalize, self.in_memory = Normalize(spec), isinstance(images, Tensor)
+        self.normalize, self.augment = Normalize(spec), None  # for augment see `fit`
+        self.in_memory, self.skip_bad, self.bad = isinstance(images, Tensor), skip_bad, set()  # bad: indices
         self.indices = torch.arange(len(self.labels), device=self.labels.device)
         self.load = self.__getitem__  # what `load_batches` calls
 
@@ -328,17 +326,28 @@ class ImageDataset(torch.utils.data.Dataset):
         if self.in_memory:
             images = self.images.index_select(0, index.flatten())  # seven times as fast as images[index]
         else:
-            sources = [self.images[i] for i in index.flatten().tolist()]
-            images = list(read_images(sources, self.spec))
-            bad = [str(source) for source, image in zip(sources, images, strict=True) if image is None]
-            if bad:
-                raise UserError(f"{', '.join(bad[:5])} cannot be read: replace it, or add --skip-bad")
-            images = torch.from_numpy(np.stack(images))
+            images, index = self.read(index)
         images = images.view(*index.shape, *images.shape[1:])
         return images.movedim(-1, -3), self.labels[index]  # (..., H, W, C) -> (..., C, H, W), a view
 
     def __getitems__(self, indices):  # for a DataLoader: one index operation a batch
         return list(zip(*self[indices], strict=True))
+
+    def read(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """The images, uint8 (B, H, W, C), and their index, with those that replace what cannot be read."""
+        chosen = index.flatten().tolist()
+        read = zip(chosen, read_images([self.images[i] for i in chosen], self.spec), strict=True)
+        images = {i: image for i, image in read if image is not None}
+        bad = {*chosen} - {*images}
+        if bad and not (self.skip_bad and images):
+            names = ", ".join(str(self.images[i]) for i in sorted(bad)[:5])
+            advice = ", no image of its batch can be read" if self.skip_bad else ", or add --skip-bad"
+            raise UserError(f"{names} cannot be read: replace it{advice}")
+        for i in bad - self.bad:
+            print(f"skipped, cannot be read: {printable(str(self.images[i]))}")
+        self.bad |= bad
+        chosen = [i if i in images else next(iter(images)) for i in chosen]
+        return torch.from_numpy(np.stack([images[i] for i in chosen])), torch.tensor(chosen).view(index.shape)
 
 
 def load_data(args: Namespace, dataset: str, **spec) -> tuple[ImageDataset, ImageDataset]:
@@ -350,7 +359,7 @@ def load_data(args: Namespace, dataset: str, **spec) -> tuple[ImageDataset, Imag
     if args.data == "drawn":
         parts = [draw_digits(name, spec) for name in names]
     elif Path(args.data, "train.csv").is_file() or Path(args.data, "train").is_dir():
-        parts = list_images(Path(args.data), names, spec)
+        parts = number_classes([list_images(Path(args.data), name) for name in names], spec)
     else:
         parts = [read_torchvision(dataset, name, args, spec) for name in names]
     if get_world_size() > 1 and os.environ.get("LOCAL_RANK", "0") == "0":
@@ -372,44 +381,40 @@ def find_images(folder: Path) -> list[Path]:
     return sorted(file for file in files if "/." not in f"/{file.relative_to(folder).as_posix()}")
 
 
-def list_images(root: Path, names: list[str], spec: Spec) -> list[list[tuple[Path, int]]]:
-    """(file, class index) pairs for each name, of ROOT/NAME.csv or ROOT/NAME/; sets spec.classes."""
-    read = read_table if (root / "train.csv").is_file() else read_folder
-    parts = [read(root, name) for name in names]
+def list_images(root: Path, name: str) -> list[tuple[Path, str]]:
+    """(file, label) pairs of ROOT/NAME.csv, if there is a train.csv, else of ROOT/NAME/<class>/, or val/."""
+    if (root / "train.csv").is_file():
+        with open(root / f"{name}.csv", encoding="utf-8-sig", newline="") as table:
+            rows = csv.reader(table, skipinitialspace=True)
+            try:
+                pairs = [(root / file, label) for file, label, *_ in filter(None, rows)][1:]
+            except (ValueError, csv.Error) as error:
+                raise UserError(f"{table.name}, line {rows.line_num}: no file,label: {error}") from None
+    else:
+        folder = root / name if (root / name).is_dir() or name == "train" else root / "val"
+        pairs = [(f, f.relative_to(folder).parts[0]) for f in find_images(folder) if f.parent != folder]
+    if not pairs:
+        raise UserError(
+            f"no images in {root / name}/<class>/ or {name}.csv: add some, or --holdout N for test"
+        )
+    return pairs
+
+
+def number_classes(parts: list[list[tuple]], spec: Spec) -> list[list[tuple]]:
+    """(file, class index) pairs of (file, label) pairs; sets spec.classes, in the order of their names."""
     spec.classes = sorted({label for _, label in parts[0]})
     if unknown := {label for _, label in parts[-1]}.difference(spec.classes):
         raise UserError(f"{sorted(unknown)[:5]} are classes in the test images only")
     if not 2 <= len(spec.classes) <= 10_000 or "" in spec.classes:
-        raise UserError(f"{root} has {len(spec.classes)} classes, {spec.classes[:3]}: it takes 2 to 10,000")
+        raise UserError(f"there are {len(spec.classes)} classes, {spec.classes[:3]}: it takes 2 to 10,000")
     index = {label: i for i, label in enumerate(spec.classes)}
     return [[(file, index[label]) for file, label in part] for part in parts]
 
 
-def read_folder(root: Path, name: str) -> list[tuple[Path, str]]:
-    """The (file, label) pairs of ROOT/NAME/<class>/**, and of ROOT/val/ where there is no ROOT/test/."""
-    folder = root / name if (root / name).is_dir() or name == "train" else root / "val"
-    files = [file for file in find_images(folder) if file.parent != folder]
-    if not files:
-        raise UserError(f"no images in {root / name}/<class>/: add some (no test images: --holdout N)")
-    return [(file, file.relative_to(folder).parts[0]) for file in files]
-
-
-def read_table(root: Path, name: str) -> list[tuple[Path, str]]:
-    """The (file, label) pairs of ROOT/NAME.csv: a header, then a file and its label in each row."""
-    with open(root / f"{name}.csv", encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, skipinitialspace=True)
-        try:
-            rows = [(root / image, label) for image, label, *_ in filter(None, reader)]
-        except (ValueError, csv.Error) as error:
-            raise UserError(f"{file.name}, line {reader.line_num}: no file,label in UTF-8: {error}") from None
-    return rows[1:]
-
-
 def draw_digits(part: str, spec: Spec) -> list[tuple[np.ndarray, int]]:
     """(synthetic image of a digit, uint8 (size, size, C), digit) pairs, the same ones every time."""
-    count = 10_000 if part == "train" else 2_000
+    spec.classes, count = list("0123456789"), 10_000 if part == "train" else 2_000
     rng, shape, pairs = np.random.default_rng(count), (spec.size, spec.size, spec.channels), []
-    spec.classes = list("0123456789")
     for digit in rng.permutation(np.arange(count) % 10).tolist():
         font, thickness = int(rng.choice([0, 2, 3, 4, 6, 7])), int(rng.integers(2, 6))  # OpenCV's fonts
         canvas = np.zeros((64, 64), np.uint8)
@@ -428,7 +433,7 @@ def draw_digits(part: str, spec: Spec) -> list[tuple[np.ndarray, int]]:
 def read_torchvision(name: str, part: str, args: Namespace, spec: Spec) -> list[tuple]:
     """(image, class index) pairs of a torchvision data set, downloaded where it is not; sets spec.classes."""
     dataset = getattr(importlib.import_module("torchvision.datasets"), name)  # a second, only if needed
-    parameters = inspect.signature(dataset).parameters
+    parameters = dataset.__init__.__annotations__
     options = {"train": part == "train"} if {"train", "kwargs"} & {*parameters} else {}
     if "split" in parameters:  # EMNIST has both: "balanced" are its 47 letters and digits
         options["split"] = part if name != "EMNIST" else "balanced"
@@ -468,21 +473,18 @@ def open_or_download(dataset: type, options: dict, args: Namespace) -> torch.uti
 
 def load_images(pairs: list[tuple], spec: Spec, args: Namespace) -> ImageDataset:
     """An ImageDataset of (source, class index) pairs: decoded now, if it fits into memory."""
-    if args.skip_bad:  # in memory or not, so that every epoch has the same images
-        images, count = read_images([source for source, _ in pairs], spec), len(pairs)
-        read = zip(progress_bar(pairs, "checking", args), images, strict=True)
-        pairs = [pair for pair, image in read if image is not None]
-        print(f"{count - len(pairs)} of {count} images are unreadable and left out")
-    if not pairs:
-        raise UserError("no image can be read")
-    dataset = ImageDataset(*zip(*pairs, strict=True), spec)
+    dataset = ImageDataset(*zip(*pairs, strict=True), spec, args.skip_bad)
     shape = (len(pairs), spec.size, spec.size, spec.channels)
     if math.prod(shape) > IN_MEMORY:
         return dataset
     images = torch.from_numpy(np.zeros(shape, np.uint8))  # NumPy asks for huge pages
     for batch in progress_bar(dataset.indices.split(1024), "reading", args):
         images[batch] = dataset[batch][0].movedim(1, -1)
-    return ImageDataset(images.to(args.device), dataset.labels.to(args.device), spec)
+    good = [i for i in range(len(pairs)) if i not in dataset.bad]
+    if dataset.bad:
+        print(f"{len(dataset.bad)} of {len(pairs)} images are unreadable and left out")
+        images = images[good]
+    return ImageDataset(images.to(args.device), dataset.labels[good].to(args.device), spec)
 
 
 def unpack() -> None:
@@ -528,43 +530,48 @@ def random_flip_and_crop(images: Tensor, padding: int, flip: bool = True) -> Ten
     return pixels.index_select(0, indices.flatten()).view(n, height, width, channels).movedim(-1, 1)
 
 
-def load_batches(dataset, order: Tensor, batch_size: int, args, title: str, augment=None, metrics=None):
-    """Yield the batches of images in this order, int64 (N,), or of several processes this one's part of each:
-    indices, int64 (B,), images, float32 (B, C, H, W), and labels, int64 (B,), on the device; with a bar."""
-    normalize, batches = dataset.normalize.to(args.device), order.split(batch_size)
-    with progress_bar(batches, title, args) as bar:
-        for batch in batches:
-            indices = batch.tensor_split(get_world_size())[get_rank()]
-            images, labels = (value.to(args.device, non_blocking=True) for value in dataset.load(indices))
-            yield indices, normalize(augment(images) if augment and len(images) else images), labels
-            if bar.update() and metrics:  # the bar has been drawn, twice a second
-                bar.set_postfix_str("loss {:.2f}, accuracy {:.2f}".format(*metrics.compute()))
+def shuffle(count: int, args: Namespace, epoch: int) -> Tensor:
+    """The order of an epoch's images, int64 (N,). Seeds all that is random in it: runs resume exactly."""
+    seed = args.seed * 1_000_003 + epoch
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    torch.manual_seed(seed + (get_rank() << 52))  # processes differ in augmentation and dropout
+    return order[:-1] if count % args.batch_size == 1 < count else order  # batch normalization needs two
 
 
-def progress_bar(steps: Sequence, title: str, args: Namespace) -> tqdm:
+def load_batches(dataset: ImageDataset, batches: Iterable[Tensor], args: Namespace) -> Iterator[tuple]:
+    """Yield each batch of indices, int64 (B,), or this process's part of it, with its images on the device,
+    augmented and normalized, float32 (B, C, H, W), and its labels, int64 (B,)."""
+    normalize = dataset.normalize.to(args.device)
+    for batch in batches:
+        batch = batch.tensor_split(get_world_size())[get_rank()]  # all of it, in one process
+        images, labels = (value.to(args.device, non_blocking=True) for value in dataset.load(batch))
+        if dataset.augment and len(batch):  # with more processes than images, some have none
+            images = dataset.augment(images)
+        yield batch, normalize(images), labels
+
+
+def progress_bar(steps: Sequence, title: str, args: Namespace, metrics: "Metrics | None" = None) -> tqdm:
     """A tqdm bar over these steps, of the main process and shown where stderr is a terminal."""
     hidden = args.quiet or not is_main_process() or None  # None: unless stderr is a terminal
-    form = "{desc} |{bar}| {percentage:3.0f}%, {remaining} left{postfix}"
-    return tqdm(steps, title, disable=hidden, leave=False, mininterval=0.5, bar_format=form)
+    look = {"bar_format": "{desc} |{bar}| {percentage:3.0f}%, {remaining} left{postfix}", "leave": False}
+    return tqdm(steps, title, disable=hidden, delay=0.5, mininterval=0.5, postfix=metrics, **look)
 
 
 class Metrics:
     """Loss and accuracy over the images so far. Sums stay on the device: to read them is to wait for it."""
 
     def __init__(self):
-        self.sums = []  # of each step: loss, right predictions, images
+        self.sums = []  # of each step: loss, correct predictions, images
 
     def update(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
         """Count a batch: its mean loss, its logits (B, classes) and labels (B,)."""
         count, correct = torch.full_like(loss, len(labels)), (logits.argmax(1) == labels).sum()
-        total = loss.detach() * count if len(labels) else count  # of several processes, one may have none
+        total = loss.detach() * count if len(labels) else count  # the mean of no images is not a number
         self.sums.append(torch.stack([total, correct, count]))
 
-    def compute(self, reduce=lambda sums: sums) -> tuple[float, float, Tensor]:
-        """Mean loss, accuracy, and the sums, float64 (steps, 3)."""
-        sums = reduce(torch.stack(self.sums)).cpu().double()
-        loss, correct, images = sums.sum(0).tolist()
-        return loss / max(1, images), correct / max(1, images), sums
+    def __str__(self) -> str:  # what tqdm shows behind its bar, twice a second
+        loss, correct, images = torch.stack(self.sums).sum(0).tolist()
+        return f", loss {loss / max(1, images):.2f}, accuracy {correct / max(1, images):.2f}"
 
 
 def fit(
@@ -582,18 +589,17 @@ def fit(
     Returns the rows of history.csv. Raises UserError; the last complete epoch is saved. loss_fn: from logits
     (B, classes) and labels (B,) to the mean loss. augment: from uint8 images (B, C, H, W) to such, or floats
     from 0 to 1; or a v2 transform, called for each image. If after_epoch(row) is True, the run ends."""
-    if isinstance(augment, nn.Module) or type(augment).__module__.startswith("torchvision."):
-        transform = augment  # it draws once for all that it is given
-        augment = lambda images: torch.stack([transform(image) for image in images])  # noqa: E731
+    one_by_one = isinstance(augment, nn.Module) or type(augment).__module__.startswith("torchvision.")
+    train_set.augment = (lambda images: torch.stack([*map(augment, images)])) if one_by_one else augment
     model.to(args.device, memory_format=torch.channels_last)  # the layout that convolutions are fastest with
-    run, predictions = start_or_resume(model, optimizer, scheduler, train_set, args), None
+    run = start_or_resume({"model": model, "optimizer": optimizer, "scheduler": scheduler}, train_set, args)
     if is_main_process():
         open_run(run, args)
-        describe_run(model, train_set, test_set, augment, args)
-    net = parallelize(model, args)
+        describe_run(model, train_set, test_set, args)
+    net, predictions = parallelize(model, args), None
     try:
         for epoch in range(len(run["history"]) + 1, args.epochs + 1):
-            row, losses = train_one_epoch(net, train_set, loss_fn, optimizer, args, epoch, scheduler, augment)
+            row, losses = train_one_epoch(net, train_set, loss_fn, optimizer, args, epoch, scheduler)
             tested, predictions = evaluate(model, test_set, args)
             row |= tested
             step_scheduler(scheduler, row)
@@ -608,19 +614,28 @@ def fit(
             saved += f", continue with {shlex.join(['--resume', '--out', args.out])}" * (epochs > 0)
         raise type(stop)(saved) from None
     finally:
-        Path(args.out, "lock").unlink(missing_ok=True)
+        Path(f"{Path(args.out)}.lock").unlink(missing_ok=True)
     predictions = predictions or evaluate(model, test_set, args)[1]  # of a complete run, resumed
     report(run, predictions, test_set, args)
     return run["history"]
 
 
-def train_one_epoch(model, dataset, loss_fn, optimizer, args, epoch, scheduler=None, augment=None):
+def train_one_epoch(
+    model: nn.Module,
+    dataset: ImageDataset,
+    loss_fn: Callable[[Tensor, Tensor], Tensor],
+    optimizer: Optimizer,
+    args: Namespace,
+    epoch: int,
+    scheduler: lr_scheduler.LRScheduler | None = None,
+) -> tuple[dict, list]:
     """Train for an epoch; returns its part of the row of history.csv, and the rows of loss.csv: the
     last step of each 1/50 of the epoch, and the mean loss in it. For the arguments see `fit`."""
-    start, lr = time.perf_counter(), float(optimizer.param_groups[0]["lr"])
-    order, title, metrics = shuffle(len(dataset), args, epoch), f"epoch {epoch}/{args.epochs}", Metrics()
+    start, lr, metrics = time.perf_counter(), float(optimizer.param_groups[0]["lr"]), Metrics()
+    batches = shuffle(len(dataset), args, epoch).split(args.batch_size)
+    bar = progress_bar(batches, f"epoch {epoch}/{args.epochs}", args, metrics)
     model.train()  # dropout and batch normalization work differently in training
-    for _, images, labels in load_batches(dataset, order, args.batch_size, args, title, augment, metrics):
+    for _, images, labels in load_batches(dataset, bar, args):
         with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp):
             logits = model(images)
             loss = loss_fn(logits, labels)
@@ -629,12 +644,13 @@ def train_one_epoch(model, dataset, loss_fn, optimizer, args, epoch, scheduler=N
         optimizer.step()
         step_scheduler(scheduler)
         metrics.update(loss, logits, labels)
-    loss, accuracy, sums = metrics.compute(all_reduce)
-    seconds, step, losses = time.perf_counter() - start, (epoch - 1) * len(sums), []
-    for part in sums.tensor_split(min(50, len(sums))):
+    steps = all_reduce(torch.stack(metrics.sums)).cpu().double()
+    seconds, step, losses = time.perf_counter() - start, (epoch - 1) * len(steps), []
+    for part in steps.tensor_split(min(50, len(steps))):
         step += len(part)
         losses.append([step, (part[:, 0].sum() / part[:, 2].sum()).item()])
-    row = {"epoch": epoch, "lr": lr, "train_loss": loss, "train_accuracy": accuracy}
+    loss, correct, images = steps.sum(0).tolist()
+    row = {"epoch": epoch, "lr": lr, "train_loss": loss / images, "train_accuracy": correct / images}
     row |= {"train_seconds": round(seconds, 3), "images_per_second": round(len(dataset) / seconds, 1)}
     return row, losses
 
@@ -643,29 +659,21 @@ def train_one_epoch(model, dataset, loss_fn, optimizer, args, epoch, scheduler=N
 def evaluate(model: nn.Module, dataset: ImageDataset, args: Namespace) -> tuple[dict, tuple]:
     """Classify every image once; returns its part of the row of history.csv, and what was predicted: classes,
     int64 (N,), their probabilities, float32 (N,), and the indices of the mistakes, the surest ones first."""
-    start, labels = time.perf_counter(), dataset.labels.cpu()
-    order, batch_size = torch.arange(len(dataset)), max(args.batch_size, 2**18 // dataset.spec.size**2)
-    results = torch.zeros(3, len(dataset), device=args.device)
+    start, batch_size = time.perf_counter(), max(args.batch_size, 2**18 // dataset.spec.size**2)
+    bar = progress_bar(torch.arange(len(dataset)).split(batch_size), "evaluation", args)
+    results = torch.zeros(4, len(dataset), device=args.device)
     model.eval()
-    for indices, images, targets in load_batches(dataset, order, batch_size, args, "evaluation"):
+    for batch, images, labels in load_batches(dataset, bar, args):
         with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp):
             logits = model(images).float()
-        loss = nn.functional.cross_entropy(logits, targets, reduction="none")
-        results[:, indices] = torch.stack([loss, logits.argmax(1), logits.softmax(1).amax(1)])
-    loss, predicted, probability = all_reduce(results).cpu()
+        loss = nn.functional.cross_entropy(logits, labels, reduction="none")
+        results[:, batch] = torch.stack([loss, logits.argmax(1), logits.softmax(1).amax(1), labels])
+    loss, predicted, probability, labels = all_reduce(results).cpu()
     mistakes = (predicted != labels).nonzero()[:, 0]
     mistakes = mistakes[probability[mistakes].argsort(descending=True)].tolist()
     row = {"test_loss": loss.double().mean().item(), "test_seconds": round(time.perf_counter() - start, 3)}
     row["test_accuracy"] = (len(labels) - len(mistakes)) / len(labels)
     return row, (predicted.long(), probability, mistakes)
-
-
-def shuffle(count: int, args: Namespace, epoch: int) -> Tensor:
-    """The order of an epoch's images, int64 (N,). Seeds all that is random in it: runs resume exactly."""
-    seed = args.seed * 1_000_003 + epoch
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    torch.manual_seed(seed + (get_rank() << 52))  # processes differ in augmentation and dropout
-    return order[:-1] if count % args.batch_size == 1 < count else order  # batch normalization needs two
 
 
 def one_cycle(optimizer: Optimizer, train_set: ImageDataset, args: Namespace) -> lr_scheduler.OneCycleLR:
@@ -676,8 +684,7 @@ def one_cycle(optimizer: Optimizer, train_set: ImageDataset, args: Namespace) ->
 
 
 def step_scheduler(scheduler: lr_scheduler.LRScheduler | None, row: dict | None = None) -> None:
-    """Step a learning-rate scheduler: after every batch OneCycleLR, CyclicLR and one with the attribute
-    `per_batch`; any other after every epoch, with its row of history.csv."""
+    """Step OneCycleLR, CyclicLR, or a scheduler with `per_batch` after a batch, others by an epoch's row."""
     per_batch = isinstance(scheduler, (lr_scheduler.OneCycleLR, lr_scheduler.CyclicLR))
     if scheduler and getattr(scheduler, "per_batch", per_batch) == (row is None):
         plateau = isinstance(scheduler, lr_scheduler.ReduceLROnPlateau)
@@ -686,50 +693,47 @@ def step_scheduler(scheduler: lr_scheduler.LRScheduler | None, row: dict | None 
 
 def open_run(run: dict, args: Namespace) -> None:
     """Make the run folder and lock it; move an earlier run in it aside. Sets `args.writer`."""
-    out = Path(args.out)
+    out, lock = Path(args.out), Path(f"{Path(args.out)}.lock")
     try:
         out.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(ImportError):  # on Windows
             fcntl = importlib.import_module("fcntl")
-            args.lock = open(out / "lock", "a+")  # noqa: SIM115
+            args.lock = open(lock, "a+")  # noqa: SIM115
             fcntl.flock(args.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlocked when this process ends
+        lock.write_text(str(os.getpid()))
+        if not run["history"] and any(out.glob("*.pt")):
+            aside = next(path for n in range(1, 10**6) if not (path := Path(f"{out}-{n}")).exists())
+            out.rename(aside)
+            out.mkdir()
+            print(f"{out} had an earlier run, which is in {aside} now")
     except BlockingIOError:
-        raise UserError(f"process {(out / 'lock').read_text()} trains in {out}: name another --out") from None
+        raise UserError(f"process {lock.read_text()} trains in {out}: name another --out") from None
     except OSError as error:
         raise UserError(f"cannot write to {out}, or lock it ({error.strerror}): name another --out") from None
-    (out / "lock").write_text(str(os.getpid()))
-    if not run["history"] and any(out.glob("*.pt")):
-        aside = next(path for n in range(1, 10**6) if not (path := Path(f"{out}-{n}")).exists())
-        aside.mkdir()
-        for file in {*out.iterdir()} - {out / "lock"}:
-            file.rename(aside / file.name)
-        print(f"{out} had an earlier run, which is in {aside} now")
     if args.tensorboard:
         args.writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter(out)
 
 
-def start_or_resume(model: nn.Module, optimizer: Optimizer, scheduler, train_set: ImageDataset, args) -> dict:
-    """What a checkpoint holds, {name: value}: of a new run, or of the one that `args.checkpoint` is from."""
+def start_or_resume(parts: dict, train_set: ImageDataset, args: Namespace) -> dict:
+    """What a checkpoint holds, {name: value}: of a new run, or of the one that `args.checkpoint` is from. The
+    parts, {"model": ..., "optimizer": ..., "scheduler": ... or None}, get its state."""
     spec, saved, args.checkpoint = json.loads(json.dumps(asdict(train_set.spec))), args.checkpoint, None
     setup = {**args.settings, **spec, "training images": len(train_set)}
-    setup |= {"optimizer": type(optimizer).__name__, "scheduler": type(scheduler).__name__}
+    setup |= {name: type(parts[name]).__name__ for name in ("optimizer", "scheduler")}
     setup["epochs of the schedule"] = args.epochs if args.tuned else None
-    run = {"format": FORMAT, "recipe": args.recipe.stem, "settings": args.settings, "spec": spec}
-    run |= {"setup": setup, "model": model, "optimizer": optimizer, "scheduler": scheduler}
+    run = {"format": FORMAT, "recipe": args.recipe.stem, "settings": args.settings, "spec": spec, **parts}
     if not saved:
-        return run | {"history": [], "losses": []}
-    fewer = args.skip_bad and len(train_set) < saved["setup"].get("training images", 0)
-    free = FREE + ["training images"] * bool(fewer and not args.holdout)  # what --resume may change
+        return run | {"setup": setup, "history": [], "losses": []}
+    free = [*FREE, "training images"] if args.skip_bad and not args.holdout else FREE
     for name, value in setup.items():
         if name not in free and value != (before := saved["setup"].get(name)):
             raise UserError(f"--resume cannot change {name} from {before} to {value}: name another --out")
     try:
-        for name, value in run.items():
-            if hasattr(value, "load_state_dict"):
-                value.load_state_dict(saved[name])
+        for name in filter(parts.get, parts):  # the scheduler may be None
+            parts[name].load_state_dict(saved[name])
     except Exception as error:  # a file can have anything in it
         raise UserError(f"--resume needs the same network and optimizer: {str(error)[:200]}") from None
-    return run | {"history": saved["history"], "losses": saved["losses"]}
+    return run | {"setup": setup, "history": saved["history"], "losses": saved["losses"]}
 
 
 def save_epoch(run: dict, row: dict, losses: list, args: Namespace) -> dict:
@@ -777,12 +781,10 @@ def atomic_write(path: Path) -> Iterator[Path]:
 def load_checkpoint(path: str | Path, any_format: bool = False) -> dict:
     """A checkpoint of these recipes, or what else `torch.save` wrote, on the CPU. Nothing in the file is
     executed. Raises UserError where it is damaged, has code in it, or another format."""
-    if not Path(path).is_file():
-        raise UserError(f"no file {path}")
+    size = Path(path).stat().st_size
     try:
         with zipfile.ZipFile(path) as file:
-            size, unpacked = Path(path).stat().st_size, sum(part.file_size for part in file.infolist())
-            if unpacked > size or file.testzip():  # which reads all, for the checksums
+            if sum(part.file_size for part in file.infolist()) > size or file.testzip():  # by checksums
                 raise ValueError
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if any_format and not (isinstance(checkpoint, dict) and "format" in checkpoint):
@@ -802,7 +804,7 @@ def load_checkpoint(path: str | Path, any_format: bool = False) -> dict:
         raise UserError(f"{path} is damaged, not finite, or not of this version ({FORMAT})") from None
 
 
-def describe_run(model: nn.Module, train_set: ImageDataset, test_set: ImageDataset, augment, args) -> None:
+def describe_run(model: nn.Module, train_set: ImageDataset, test_set: ImageDataset, args: Namespace) -> None:
     """Print the network's layers or blocks, unless `--quiet`, and what it is trained on; draw samples.png."""
     spec, layers = train_set.spec, {m: name for name, m in model.named_modules() if not [*m.children()]}
     names = layers if len(layers) <= 16 else {block: name for name, block in model.named_children()}
@@ -821,7 +823,7 @@ def describe_run(model: nn.Module, train_set: ImageDataset, test_set: ImageDatas
     print(f"input {spec.channels}x{spec.size}x{spec.size}, {len(train_set):,} + {len(test_set):,} images")
     if HAS_MATPLOTLIB:
         images, labels = train_set[torch.randperm(len(train_set))[:8]]
-        augmented = augment(images) if augment else images
+        augmented = train_set.augment(images) if train_set.augment else images
         titles = [spec.classes[label] for label in labels.tolist()] + [""] * len(labels)
         figure = draw_grid([*images.cpu(), *augmented.cpu()], titles, "Training images; below, augmented")
         figure.savefig(Path(args.out, "samples.png"))
@@ -884,8 +886,8 @@ def draw_results(run: dict, predictions: tuple | None, test_set: ImageDataset, a
     n, every = len(names), math.ceil(len(names) / 40)  # more names would overlap
     counts = (labels * n + predicted).bincount(minlength=n * n).view(n, n)
     axes = Figure(figsize=(11, 10), layout="constrained", dpi=110).subplots()
-    colors = axes.imshow((counts / counts.sum(1, keepdim=True)).numpy(), cmap="Blues", vmin=0, vmax=1)
-    axes.figure.colorbar(colors, label="fraction of the true class")
+    image = axes.imshow((counts / counts.sum(1, keepdim=True)).numpy(), cmap="Blues", vmin=0, vmax=1)
+    axes.figure.colorbar(image, label="fraction of the true class")
     axes.set_xticks(range(0, n, every), names[::every], rotation=90, parse_math=False)
     axes.set_yticks(range(0, n, every), names[::every], parse_math=False)
     axes.set(xlabel="predicted class", ylabel="true class", title=f"{args.evaluated_on} images")

@@ -44,13 +44,13 @@ def cache_features(model, dataset, args):
     """The data set with the features of all images, computed once, in its batches: float32 (B, F)."""
     model.to(args.device).eval()  # without dropout
     features, cached = torch.zeros(len(dataset), model.head.in_features), copy.copy(dataset)
-    order, batch_size = torch.arange(len(dataset)), max(8, 2**16 // dataset.spec.size**2)
-    for indices, images, _ in common.load_batches(dataset, order, batch_size, args, "frozen features"):
+    batches = torch.arange(len(dataset)).split(max(8, 2**16 // dataset.spec.size**2))
+    bar = common.progress_bar(batches, "frozen features", args)
+    for batch, images, _ in common.load_batches(dataset, bar, args):
         with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp):
-            features[indices] = model.backbone(images).float().cpu()
+            features[batch] = model.backbone(images).float().cpu()
     common.all_reduce(features)  # of which each process has computed its part
-    cached.normalize = nn.Identity()
-    cached.load = lambda indices: (features[indices], dataset.labels[indices])
+    cached.normalize, cached.load = nn.Identity(), lambda batch: (features[batch], dataset.labels[batch])
     return cached
 
 

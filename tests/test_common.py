@@ -2,6 +2,7 @@
 
 import argparse
 import bz2
+import contextlib
 import dataclasses
 import hashlib
 import http.server
@@ -120,21 +121,24 @@ def test_a_set_too_large_for_memory_streams_and_gives_the_same(folder, monkeypat
     streamed, _ = common.load_data(flags(data=folder), "CIFAR10")
     assert whole.in_memory and not streamed.in_memory
     order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(0))
-    both = [common.load_batches(part, order, 16, flags(), "") for part in (whole, streamed)]
+    both = [common.load_batches(part, order.split(16), flags()) for part in (whole, streamed)]
     for (_, images, labels), (_, same_images, same_labels) in zip(*both, strict=True):
         assert torch.equal(images, same_images) and torch.equal(labels, same_labels)
     assert torch.equal(whole[5][0], streamed[5][0])
 
 
-def test_an_image_that_cannot_be_read_while_streaming_is_named_or_left_out(tmp_path, folder):
+def test_an_image_that_cannot_be_read_is_named_and_left_out_or_replaced(tmp_path, folder):
     shutil.copytree(folder, tmp_path / "mine")
     (tmp_path / "mine/train/ball/0.png").write_text("no image")
-    args = ("--data", "mine", "--epochs", 2)
-    _, err = run("lenet_cifar.py", *args, cwd=tmp_path, before=stream, status=2)
-    one_error_line(err, "mine/train/ball/0.png cannot be read", "0 of 2 epochs are saved in")
-    out, _ = run("lenet_cifar.py", *args, "--skip-bad", cwd=tmp_path, before=stream)
+    args = ("--data", "mine", "--epochs", 2, "--batch-size", 8)
+    for before in (None, stream):
+        _, err = run("lenet_cifar.py", *args, cwd=tmp_path, before=before, status=2)
+        one_error_line(err, "mine/train/ball/0.png cannot be read: replace it, or add --skip-bad")
+    out, _ = run("lenet_cifar.py", *args, "--skip-bad", cwd=tmp_path)
     assert "1 of 60 images are unreadable and left out" in out and "59 + 21 images" in out
-    assert common.load_checkpoint(tmp_path / "runs/lenet_cifar/last.pt")["history"][1]["epoch"] == 2
+    assert out.count("skipped, cannot be read: mine/train/ball/0.png\n") == 1
+    out, _ = run("lenet_cifar.py", *args, "--skip-bad", cwd=tmp_path, before=stream)
+    assert out.count("skipped, cannot be read: mine/train/ball/0.png\n") == 1 and "60 + 21 images" in out
 
 
 def stream():
@@ -144,19 +148,53 @@ def stream():
 def test_an_image_that_goes_bad_while_streaming_ends_the_run_and_can_be_left_out(tmp_path, folder):
     shutil.copytree(folder, tmp_path / "mine")
     args = ("--data", "mine", "--epochs", 3, "--tuned", "--lr", 0.01)
-    _, err = run("lenet_cifar.py", *args, cwd=tmp_path, before=lose_an_image, status=2)
-    one_error_line(err, "ball/0.png cannot be read: replace it, or add --skip-bad", "1 of 3 epochs are saved")
+    _, err = run("lenet_cifar.py", *args, cwd=tmp_path, before=lose_images, status=2)
+    one_error_line(err, "/0.png cannot be read: replace it, or add --skip-bad", "1 of 3 epochs are saved")
     _, err = run("lenet_cifar.py", "--resume", cwd=tmp_path, before=stream, status=2)
     one_error_line(err, "--resume cannot change training images from 60 to 59")
     out, _ = run("lenet_cifar.py", "--resume", "--skip-bad", cwd=tmp_path, before=stream)
-    assert "59 + 21 images" in out
+    assert "59 + 20 images" in out
     assert len(common.load_checkpoint(tmp_path / "runs/lenet_cifar/last.pt")["history"]) == 3
 
 
-def lose_an_image():
+def test_images_that_go_bad_while_streaming_are_replaced_and_the_run_resumes_exactly(tmp_path, folder):
+    shutil.copytree(folder, tmp_path / "mine")
+    args = ("--data", "mine", "--batch-size", 8, "--skip-bad")
+    out, _ = run("lenet_cifar.py", *args, "--epochs", 3, "--out", "a", cwd=tmp_path, before=lose_images)
+    assert all(out.count(f"skipped, cannot be read: {image}\n") == 1 for image in LOST)
+    for image in LOST:
+        (tmp_path / image).write_text("no image")
+    run("lenet_cifar.py", *args, "--epochs", 3, "--out", "whole", cwd=tmp_path, before=stream)
+    run("lenet_cifar.py", *args, "--epochs", 1, "--out", "broken", cwd=tmp_path, before=stream)
+    run("lenet_cifar.py", "--resume", "--epochs", 3, "--out", "broken", cwd=tmp_path, before=stream)
+    one, other = (common.load_checkpoint(tmp_path / name / "last.pt") for name in ("broken", "whole"))
+    torch.testing.assert_close(one["model"], other["model"], rtol=0, atol=0)
+
+
+LOST = ("mine/test/ball/0.png", "mine/train/ball/0.png")
+
+
+def lose_images():
     stream()
     save = common.save_epoch
-    common.save_epoch = lambda *args: [save(*args), os.unlink("mine/train/ball/0.png")][0]
+
+    def lose(*args):
+        for image in LOST:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(image)
+        return save(*args)
+
+    common.save_epoch = lose
+
+
+def test_an_image_that_replaces_another_brings_its_label(folder):
+    files = [folder / "missing.png", folder / "train/ball/0.png", folder / "train/lying/0.png"]
+    data = common.ImageDataset(files, [2, 0, 1], common.Spec(["a", "b", "c"], 32), skip_bad=True)
+    images, labels = data[:]
+    assert labels.tolist() == [0, 0, 1] and torch.equal(images[0], images[1])
+    assert data[1:][1].tolist() == [0, 1]
+    with pytest.raises(common.UserError, match=r"missing\.png cannot be read"):
+        data[0]  # there is no other image in its batch
 
 
 def test_a_csv_may_test_on_some_of_the_classes_and_a_folder_may_not(folder, tmp_path):
@@ -190,8 +228,8 @@ def test_files_are_resized_to_size_whatever_they_are(tmp_path):
     [
         ("file,label\nmissing.png,a\nx.png,b\n", "missing.png, .*x.png cannot be read"),
         ("file,label\n\nx.png\n", "train.csv, line 3: no file,label"),
-        ("", "0 classes"),
-        ("file,label\n", "0 classes"),
+        ("", "no images in .*train.csv: add some"),
+        ("file,label\n", "no images in .*train.csv: add some"),
         ("file,label\nx.png,a\n", "1 classes"),
         ("file,label\nx.png,a\nx.png,\n", "2 classes, \\['', 'a'\\]"),
         ("file,label\nx\u2028y.png,a\nx.png,b\n", "x\u2028y.png"),

@@ -37,11 +37,12 @@ def test_training_and_evaluation_mix_no_devices(tmp_path, monkeypatch, recipe, p
     with FakeTensorMode(allow_non_fake_inputs=True), mock.patch("torch.Tensor.backward"):
         images, labels = (torch.zeros(part.shape, dtype=part.dtype, device=place) for part in data[:])
         data = common.ImageDataset(images.movedim(1, -1), labels, data.spec)
+        data.augment = augment
         with CUDA:
             model = importlib.import_module(recipe).build_model(data.spec, args)
         optimizer = type(optimizer)(model.parameters(), lr=0.1)
         monkeypatch.setattr(common, "all_reduce", stop)
         with pytest.raises(Stop):
-            common.train_one_epoch(model, data, loss_fn, optimizer, args, 1, None, augment)
+            common.train_one_epoch(model, data, loss_fn, optimizer, args, 1)
         with pytest.raises(Stop):
             common.evaluate(model, data, args)

@@ -338,7 +338,7 @@ def test_bad_folders_are_one_line_and_status_2(tmp_path, folder):
     assert "6 of 66 images are unreadable and left out" in out and "60 + 21 images" in out
     for file in (mine / "test").glob("*/*"):
         file.write_text("no picture")
-    refused("mine", "no image can be read", flags=["--skip-bad"])
+    refused("mine", "replace it, no image of its batch can be read", flags=["--skip-bad"])
     for part in ("train", "test"):
         for kind in ("lying", "standing"):
             shutil.rmtree(mine / part / kind)

@@ -169,7 +169,7 @@ def test_what_was_learnt_on_one_task_helps_with_another(tmp_path, two_tasks):
     args = ("--resume", "--epochs", 12, "--out", "run")  # on the features of the same backbone
     run(SCRIPT, *args, cwd=tmp_path, before=first_blocks)
     resumed = common.load_checkpoint(tmp_path / "run/last.pt")
-    assert resumed["history"][10]["train_loss"] == pytest.approx(trained["history"][9]["train_loss"], rel=0.1)
+    assert resumed["history"][10]["train_loss"] < 1.1 * trained["history"][9]["train_loss"]  # 2.35 on others
     backbone = [name for name in trained["model"] if not name.startswith("head.")]
     assert all(torch.equal(resumed["model"][name], trained["model"][name]) for name in backbone)
     plain = common.load_checkpoint(tmp_path / "many/best.pt")["model"]
@@ -193,7 +193,7 @@ def test_the_backbone_sees_every_image_once_and_is_not_in_training():
     args = types.SimpleNamespace(device=torch.device("cpu"), amp=False, quiet=True)
     cached = vgg_transfer.cache_features(Model(), data, args)
     for order in (torch.arange(150), torch.randperm(150)):
-        for indices, features, labels in common.load_batches(cached, order, 11, args, ""):
+        for indices, features, labels in common.load_batches(cached, order.split(11), args):
             torch.testing.assert_close(features, data.normalize(data[indices][0]).mean((2, 3)))
             assert torch.equal(labels, data.labels[indices])
     assert sum(seen) == 150
@@ -234,7 +234,7 @@ def test_other_weights_are_refused_in_one_line(tmp_path, folder):
         "linear.pt": "features.0.weight",
         "number.pt": "features.0",
         "list.pt": "features.0",
-        "no.pt": "no file",
+        "no.pt": "No such file",
     }
     for name, part in wrong.items():
         _, err = run(SCRIPT, *args, "--weights", name, cwd=tmp_path, status=2, before=first_blocks)
