@@ -394,9 +394,7 @@ def list_images(root: Path, name: str) -> list[tuple[Path, str]]:
         folder = root / name if (root / name).is_dir() or name == "train" else root / "val"
         pairs = [(f, f.relative_to(folder).parts[0]) for f in find_images(folder) if f.parent != folder]
     if not pairs:
-        raise UserError(
-            f"no images in {root / name}/<class>/ or {name}.csv: add some, or --holdout N for test"
-        )
+        raise UserError(f"no images in {root / name}/<class>/ or {name}.csv: add some (no test: --holdout N)")
     return pairs
 
 
