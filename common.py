@@ -107,11 +107,11 @@ def printable(text: str) -> str:
 class ArgumentParser(argparse.ArgumentParser):
     """argparse's, with defaults in the help, and errors that `cli` prints in one line."""
 
-    def __init__(self, description: str, **options):
+    def __init__(self, description: str, **options: object):
         both = argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter
         super().__init__(description=description, formatter_class=type("Formatter", both, {}), **options)
 
-    def error(self, message):
+    def error(self, message: str) -> None:
         raise UserError(f"{message}: --help lists the flags")
 
 
@@ -119,7 +119,7 @@ class RecipeParser(ArgumentParser):
     """The flags of all training scripts; with `--resume`, their defaults are the settings of the saved run.
     tuned: what `--tuned` sets, {flag: value}; smallest: the least `--size`; defaults: the source's."""
 
-    def __init__(self, file: str, description: str, tuned: dict, smallest: int = 1, **defaults):
+    def __init__(self, file: str, description: str, tuned: dict, smallest: int = 1, **defaults: object):
         self.file, self.tuned, self.least = Path(file), tuned, {**LEAST, "size": smallest}
         usage = re.sub(r"python \S+\.py", f"python {self.file.name}", description)  # a copy has its own name
         super().__init__(usage, prog=self.file.name)
@@ -254,7 +254,7 @@ class Spec:
     std: float | list[float] = 0.5  # one number, or one for each channel
     crop: float = 0.0  # side of a centered square, as a fraction of the shorter side; 0: all, squeezed
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.mean, self.std = (np.asarray(value, float).tolist() for value in (self.mean, self.std))
         if not 1 <= self.size <= 1024:
             raise UserError(f"--size {self.size} is not from 1 to 1024")
@@ -310,7 +310,7 @@ class ImageDataset(torch.utils.data.Dataset):
     H = W = spec.size, or N sources, each read when it is asked for; with skip_bad, another image of the batch
     replaces one that cannot be read. labels: int64 (N,), indices into spec.classes."""
 
-    def __init__(self, images: Tensor | Sequence, labels: Tensor | Sequence, spec: Spec, skip_bad=False):
+    def __init__(self, images: Tensor | Sequence, labels: Tensor | list, spec: Spec, skip_bad: bool = False):
         self.images, self.labels, self.spec = images, torch.as_tensor(labels), spec
         self.normalize, self.augment = Normalize(spec), None  # for augment see `fit`
         self.in_memory, self.skip_bad, self.bad = isinstance(images, Tensor), skip_bad, set()  # bad: indices
@@ -320,7 +320,7 @@ class ImageDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, index: int | slice | list | Tensor) -> tuple[Tensor, Tensor]:
         """uint8 (C, H, W) and label for an int; (B, C, H, W) and (B,) for a slice, list, tensor or mask."""
         index = self.indices[index]  # () or (B,)
         if self.in_memory:
@@ -330,7 +330,7 @@ class ImageDataset(torch.utils.data.Dataset):
         images = images.view(*index.shape, *images.shape[1:])
         return images.movedim(-1, -3), self.labels[index]  # (..., H, W, C) -> (..., C, H, W), a view
 
-    def __getitems__(self, indices):  # for a DataLoader: one index operation a batch
+    def __getitems__(self, indices: list[int]) -> list:  # for a DataLoader: one index operation a batch
         return list(zip(*self[indices], strict=True))
 
     def read(self, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -350,7 +350,7 @@ class ImageDataset(torch.utils.data.Dataset):
         return torch.from_numpy(np.stack([images[i] for i in chosen])), torch.tensor(chosen).view(index.shape)
 
 
-def load_data(args: Namespace, dataset: str, **spec) -> tuple[ImageDataset, ImageDataset]:
+def load_data(args: Namespace, dataset: str, **spec: object) -> tuple[ImageDataset, ImageDataset]:
     """The images to train on and to evaluate on, as the flags say. Raises UserError where there are none.
     dataset: the torchvision data set of a folder without images of one's own; spec: fields of `Spec`."""
     spec, names = Spec([], args.size, **spec), ["train"] if args.holdout else ["train", "test"]
