@@ -28,7 +28,9 @@ from pathlib import Path
 os.environ.setdefault("OPENCV_LOG_LEVEL", "OFF")  # a damaged file is reported once, by this module
 os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(2**27))  # what claims to have more is not decoded
 
-try:  # takes seconds
+# The next lines take seconds: Ctrl-C ends them without a traceback. Later, `cli` sees to it.
+sys.excepthook = lambda kind, *rest: kind is KeyboardInterrupt or sys.__excepthook__(kind, *rest)
+try:
     import cv2
     import numpy as np
     import torch
@@ -40,8 +42,6 @@ try:  # takes seconds
 except ImportError as error:
     libgl = "for libGL, apt-get install libgl1, or pip install opencv-python-headless"
     sys.exit(f"error: {error}: pip install -r requirements.txt; {libgl}")
-except KeyboardInterrupt:
-    sys.exit(130)  # without a traceback; later, `cli` sees to it
 cv2.setNumThreads(0)  # of its own: images are decoded in our threads
 warnings.filterwarnings("ignore", "Glyph|Detected pickle|Validating|Casting|Using a non|Sparse|invalid value")
 with contextlib.suppress(AttributeError, OSError, TypeError):  # glibc: to keep freed memory for the next

@@ -14,7 +14,6 @@ from functools import partial
 import common
 
 import torch
-import torchvision
 from torch import nn
 
 TUNED = dict(batch_size=96, lr=0.02)
@@ -47,6 +46,8 @@ def build_model(spec, args):
 @torch.no_grad()
 def log_images(writer, epoch, model, dataset, device):
     """Show TensorBoard the graph, and the way of an image through the layers."""
+    from torchvision.utils import make_grid  # here, since to import it takes seconds
+
     x = dataset.normalize(dataset[:1][0].to(device))
     if epoch == 1:
         with warnings.catch_warnings():
@@ -54,7 +55,7 @@ def log_images(writer, epoch, model, dataset, device):
             writer.add_graph(model, x)
     for number, layer in enumerate(model.features):
         for when, maps in (("before", x), ("after", x := layer(x))):  # (1, C, H, W)
-            grid = torchvision.utils.make_grid(maps[0][:, None], normalize=True, scale_each=True)
+            grid = make_grid(maps[0][:, None], normalize=True, scale_each=True)
             writer.add_image(f"layer {number} {type(layer).__name__}/{when}", grid, epoch)
 
 
