@@ -799,7 +799,7 @@ def load_checkpoint(path: str | Path, any_format: bool = False) -> dict:
             raise ValueError
         return {**checkpoint, **plain, "setup": {**plain["settings"], **plain["setup"]}}
     except Exception:  # damaged bytes can raise anything in there
-        raise UserError(f"{path} is damaged, not finite, or not of this version ({FORMAT})") from None
+        raise UserError(f"{path} is no checkpoint of {FORMAT}, or damaged, or not finite") from None
 
 
 def describe_run(model: nn.Module, train_set: ImageDataset, test_set: ImageDataset, args: Namespace) -> None:
