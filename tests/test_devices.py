@@ -26,9 +26,9 @@ def stop(tensor):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("precision", "on_gpu"), [("--amp", True), ("--no-amp", False)])
 @pytest.mark.parametrize("recipe", common.RECIPES)
-def test_training_and_evaluation_mix_no_devices(tmp_path, monkeypatch, recipe, precision, on_gpu):
-    argv = ["--data", "drawn", "--limit-batches", "1", "--batch-size", "4", "--quiet"]
-    argv += ["--tuned", precision] + ["--weights", "none"] * (recipe == "vgg_transfer")
+def test_training_and_evaluation_mix_no_devices(folder, monkeypatch, recipe, precision, on_gpu):
+    argv = ["--data", str(folder), "--limit-batches", "1", "--batch-size", "4", "--quiet"]
+    argv += ["--size", "32", "--tuned", precision] + ["--weights", "none"] * (recipe == "vgg_transfer")
     with mock.patch.object(common, "fit") as fit, monkeypatch.context() as patch:
         patch.setattr(torchvision.models, "vgg16", torchvision.models.vgg11)  # in a tenth of the time
         import_recipe(recipe).main(argv)
