@@ -28,9 +28,8 @@ from pathlib import Path
 os.environ.setdefault("OPENCV_LOG_LEVEL", "OFF")  # a damaged file is reported once, by this module
 os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(2**27))  # what claims to have more is not decoded
 
-# The next lines take seconds: Ctrl-C ends them without a traceback. Later, `cli` sees to it.
 sys.excepthook = lambda kind, *rest: kind is KeyboardInterrupt or sys.__excepthook__(kind, *rest)
-try:
+try:  # takes seconds, in which Ctrl-C ends without a traceback; later, `cli` sees to it
     import cv2
     import numpy as np
     import torch
@@ -201,8 +200,7 @@ def init_distributed() -> dist.Store:
     store, rank, world_size = next(dist.rendezvous("env://"))
     if torch.cuda.is_available():  # for NCCL's barriers
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    # torchrun may keep its store over a restart: without a prefix, Gloo looks in it for processes that died.
-    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)  # else Gloo may hang
     dist.init_process_group(store=store, rank=rank, world_size=world_size)  # NCCL for GPUs, Gloo for CPUs
     if rank > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
@@ -306,16 +304,16 @@ def read_images(sources: Sequence, spec: Spec) -> Iterator[np.ndarray | None]:
 
 
 class ImageDataset(torch.utils.data.Dataset):
-    """Labelled images; a batch of them is one index operation, dataset[indices]. images: uint8 (N, H, W, C),
-    H = W = spec.size, or N sources, each read when it is asked for; with skip_bad, another image of the batch
-    replaces one that cannot be read. labels: int64 (N,), indices into spec.classes."""
+    """Labelled images; a batch of them is one index operation, dataset[indices].
+    images: uint8 (N, H, W, C), H = W = spec.size; or N sources, each read when it is asked for.
+    labels: int64 (N,), indices into spec.classes. skip_bad: whether unreadable images are replaced."""
 
     def __init__(self, images: Tensor | Sequence, labels: Tensor | list, spec: Spec, skip_bad: bool = False):
-        self.images, self.labels, self.spec = images, torch.as_tensor(labels), spec
-        self.normalize, self.augment = Normalize(spec), None  # for augment see `fit`
-        self.in_memory, self.skip_bad, self.bad = isinstance(images, Tensor), skip_bad, set()  # bad: indices
+        self.in_memory, self.skip_bad = isinstance(images, Tensor), skip_bad
+        self.images, self.labels = images if self.in_memory else list(images), torch.as_tensor(labels)
+        self.spec, self.normalize, self.bad = spec, Normalize(spec), set()  # bad: indices of the unreadable
         self.indices = torch.arange(len(self.labels), device=self.labels.device)
-        self.load = self.__getitem__  # what `load_batches` calls
+        self.load, self.augment = self.__getitem__, None  # `load_batches` calls them
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -326,28 +324,30 @@ class ImageDataset(torch.utils.data.Dataset):
         if self.in_memory:
             images = self.images.index_select(0, index.flatten())  # seven times as fast as images[index]
         else:
-            images, index = self.read(index)
-        images = images.view(*index.shape, *images.shape[1:])
+            images = torch.from_numpy(np.array(self.read(index.flatten().tolist()), np.uint8))
+        images = images.view(*index.shape, self.spec.size, self.spec.size, self.spec.channels)
         return images.movedim(-1, -3), self.labels[index]  # (..., H, W, C) -> (..., C, H, W), a view
 
     def __getitems__(self, indices: list[int]) -> list:  # for a DataLoader: one index operation a batch
         return list(zip(*self[indices], strict=True))
 
-    def read(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """The images, uint8 (B, H, W, C), and their index, with those that replace what cannot be read."""
-        chosen = index.flatten().tolist()
-        read = zip(chosen, read_images([self.images[i] for i in chosen], self.spec), strict=True)
-        images = {i: image for i, image in read if image is not None}
-        bad = {*chosen} - {*images}
-        if bad and not (self.skip_bad and images):
+    def read(self, indices: list[int]) -> list[np.ndarray]:
+        """Images, uint8 (size, size, channels); with skip_bad, the next one replaces a bad one, for good."""
+        images = list(read_images([self.images[i] for i in indices], self.spec))
+        bad = {i for i, image in zip(indices, images, strict=True) if image is None}
+        if bad and not self.skip_bad:
             names = ", ".join(str(self.images[i]) for i in sorted(bad)[:5])
-            advice = ", no image of its batch can be read" if self.skip_bad else ", or add --skip-bad"
-            raise UserError(f"{names} cannot be read: replace it{advice}")
-        for i in bad - self.bad:
-            print(f"skipped, cannot be read: {printable(str(self.images[i]))}")
+            raise UserError(f"{names} cannot be read: replace it, or add --skip-bad")
+        for i in sorted(bad, reverse=True):
+            tqdm.write(f"skipped, cannot be read: {printable(str(self.images[i]))}")
+            for other in [*range(i + 1, len(self)), *range(i)]:
+                if next(read_images([self.images[other]], self.spec)) is not None:
+                    break
+            else:
+                raise UserError("no image can be read")
+            self.images[i], self.labels[i] = self.images[other], self.labels[other]
         self.bad |= bad
-        chosen = [i if i in images else next(iter(images)) for i in chosen]
-        return torch.from_numpy(np.stack([images[i] for i in chosen])), torch.tensor(chosen).view(index.shape)
+        return self.read(indices) if bad else images
 
 
 def load_data(args: Namespace, dataset: str, **spec: object) -> tuple[ImageDataset, ImageDataset]:
@@ -529,7 +529,7 @@ def random_flip_and_crop(images: Tensor, padding: int, flip: bool = True) -> Ten
 
 
 def shuffle(count: int, args: Namespace, epoch: int) -> Tensor:
-    """The order of an epoch's images, int64 (N,). Seeds all that is random in it: runs resume exactly."""
+    """The order of an epoch's images, int64 (N,). Seeds PyTorch's generator for it: runs resume exactly."""
     seed = args.seed * 1_000_003 + epoch
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     torch.manual_seed(seed + (get_rank() << 52))  # processes differ in augmentation and dropout
@@ -537,15 +537,15 @@ def shuffle(count: int, args: Namespace, epoch: int) -> Tensor:
 
 
 def load_batches(dataset: ImageDataset, batches: Iterable[Tensor], args: Namespace) -> Iterator[tuple]:
-    """Yield each batch of indices, int64 (B,), or this process's part of it, with its images on the device,
-    augmented and normalized, float32 (B, C, H, W), and its labels, int64 (B,)."""
+    """Yield the indices of each batch, int64 (B,), or of this process's part of it, with its images on the
+    device, augmented and normalized, float32 (B, C, H, W), and its labels, int64 (B,)."""
     normalize = dataset.normalize.to(args.device)
-    for batch in batches:
-        batch = batch.tensor_split(get_world_size())[get_rank()]  # all of it, in one process
-        images, labels = (value.to(args.device, non_blocking=True) for value in dataset.load(batch))
-        if dataset.augment and len(batch):  # with more processes than images, some have none
+    for indices in batches:
+        indices = indices.tensor_split(get_world_size())[get_rank()]  # all of them, in one process
+        images, labels = (value.to(args.device, non_blocking=True) for value in dataset.load(indices))
+        if dataset.augment and len(indices):  # with more processes than images, some have none
             images = dataset.augment(images)
-        yield batch, normalize(images), labels
+        yield indices, normalize(images), labels
 
 
 def progress_bar(steps: Sequence, title: str, args: Namespace, metrics: "Metrics | None" = None) -> tqdm:
@@ -583,19 +583,18 @@ def fit(
     augment: Callable[[Tensor], Tensor] | None = None,
     after_epoch: Callable[[dict], object] | None = None,
 ) -> list[dict]:
-    """Train up to epoch `args.epochs`, evaluate after each, keep the run folder `args.out`, report last.
-    Returns the rows of history.csv. Raises UserError; the last complete epoch is saved. loss_fn: from logits
-    (B, classes) and labels (B,) to the mean loss. augment: from uint8 images (B, C, H, W) to such, or floats
-    from 0 to 1; or a v2 transform, called for each image. If after_epoch(row) is True, the run ends."""
+    """Train up to epoch `args.epochs`, evaluate after each, keep the run folder `args.out`, report. Returns
+    the rows of history.csv. loss_fn: logits (B, classes), labels (B,) -> mean loss. augment: uint8 images
+    (B, C, H, W) -> such, or floats from 0 to 1; or a v2 transform. If after_epoch(row) is True, it ends."""
     one_by_one = isinstance(augment, nn.Module) or type(augment).__module__.startswith("torchvision.")
     train_set.augment = (lambda images: torch.stack([*map(augment, images)])) if one_by_one else augment
     model.to(args.device, memory_format=torch.channels_last)  # the layout that convolutions are fastest with
     run = start_or_resume({"model": model, "optimizer": optimizer, "scheduler": scheduler}, train_set, args)
     if is_main_process():
         open_run(run, args)
-        describe_run(model, train_set, test_set, args)
-    net, predictions = parallelize(model, args), None
+    net, predictions = parallelize(model, args), None  # net shares its parameters with model
     try:
+        describe_run(model, train_set, test_set, args)
         for epoch in range(len(run["history"]) + 1, args.epochs + 1):
             row, losses = train_one_epoch(net, train_set, loss_fn, optimizer, args, epoch, scheduler)
             tested, predictions = evaluate(model, test_set, args)
@@ -604,6 +603,7 @@ def fit(
             run = save_epoch(run, row, losses, args)
             if after_epoch and after_epoch({**row}):
                 break
+        report(run, predictions or evaluate(model, test_set, args)[1], test_set, args)  # if complete before
     except (KeyboardInterrupt, UserError) as stop:
         epochs = len(run["history"]) if Path(args.out, "last.pt").exists() else 0
         saved = f"{stop}; {epochs} of {args.epochs} epochs are saved in {args.out}"
@@ -612,9 +612,8 @@ def fit(
             saved += f", continue with {shlex.join(['--resume', '--out', args.out])}" * (epochs > 0)
         raise type(stop)(saved) from None
     finally:
-        Path(f"{Path(args.out)}.lock").unlink(missing_ok=True)
-    predictions = predictions or evaluate(model, test_set, args)[1]  # of a complete run, resumed
-    report(run, predictions, test_set, args)
+        if is_main_process():
+            Path(args.out, "lock").unlink(missing_ok=True)
     return run["history"]
 
 
@@ -627,11 +626,10 @@ def train_one_epoch(
     epoch: int,
     scheduler: lr_scheduler.LRScheduler | None = None,
 ) -> tuple[dict, list]:
-    """Train for an epoch; returns its part of the row of history.csv, and the rows of loss.csv: the
-    last step of each 1/50 of the epoch, and the mean loss in it. For the arguments see `fit`."""
+    """Train for an epoch; returns its part of the row of history.csv, and its rows of loss.csv. See `fit`."""
     start, lr, metrics = time.perf_counter(), float(optimizer.param_groups[0]["lr"]), Metrics()
     batches = shuffle(len(dataset), args, epoch).split(args.batch_size)
-    bar = progress_bar(batches, f"epoch {epoch}/{args.epochs}", args, metrics)
+    bar = progress_bar(batches, f"epoch {epoch}/{args.epochs}", args, metrics)  # it shows the metrics
     model.train()  # dropout and batch normalization work differently in training
     for _, images, labels in load_batches(dataset, bar, args):
         with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp):
@@ -660,12 +658,14 @@ def evaluate(model: nn.Module, dataset: ImageDataset, args: Namespace) -> tuple[
     start, batch_size = time.perf_counter(), max(args.batch_size, 2**18 // dataset.spec.size**2)
     bar = progress_bar(torch.arange(len(dataset)).split(batch_size), "evaluation", args)
     results = torch.zeros(4, len(dataset), device=args.device)
+    for buffer in model.buffers() if dist.is_initialized() else ():
+        dist.broadcast(buffer, 0)  # each process has its own statistics of batch normalization
     model.eval()
-    for batch, images, labels in load_batches(dataset, bar, args):
+    for indices, images, labels in load_batches(dataset, bar, args):
         with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp):
             logits = model(images).float()
         loss = nn.functional.cross_entropy(logits, labels, reduction="none")
-        results[:, batch] = torch.stack([loss, logits.argmax(1), logits.softmax(1).amax(1), labels])
+        results[:, indices] = torch.stack([loss, logits.argmax(1), logits.softmax(1).amax(1), labels])
     loss, predicted, probability, labels = all_reduce(results).cpu()
     mistakes = (predicted != labels).nonzero()[:, 0]
     mistakes = mistakes[probability[mistakes].argsort(descending=True)].tolist()
@@ -691,21 +691,22 @@ def step_scheduler(scheduler: lr_scheduler.LRScheduler | None, row: dict | None 
 
 def open_run(run: dict, args: Namespace) -> None:
     """Make the run folder and lock it; move an earlier run in it aside. Sets `args.writer`."""
-    out, lock = Path(args.out), Path(f"{Path(args.out)}.lock")
+    out = Path(args.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(ImportError):  # on Windows
             fcntl = importlib.import_module("fcntl")
-            args.lock = open(lock, "a+")  # noqa: SIM115
+            args.lock = open(out / "lock", "a+")  # noqa: SIM115
             fcntl.flock(args.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlocked when this process ends
-        lock.write_text(str(os.getpid()))
+        (out / "lock").write_text(str(os.getpid()))
         if not run["history"] and any(out.glob("*.pt")):
             aside = next(path for n in range(1, 10**6) if not (path := Path(f"{out}-{n}")).exists())
-            out.rename(aside)
-            out.mkdir()
+            aside.mkdir()
+            for file in {*out.iterdir()} - {out / "lock"}:
+                file.rename(aside / file.name)
             print(f"{out} had an earlier run, which is in {aside} now")
     except BlockingIOError:
-        raise UserError(f"process {lock.read_text()} trains in {out}: name another --out") from None
+        raise UserError(f"process {(out / 'lock').read_text()} trains in {out}: name another --out") from None
     except OSError as error:
         raise UserError(f"cannot write to {out}, or lock it ({error.strerror}): name another --out") from None
     if args.tensorboard:
@@ -713,8 +714,7 @@ def open_run(run: dict, args: Namespace) -> None:
 
 
 def start_or_resume(parts: dict, train_set: ImageDataset, args: Namespace) -> dict:
-    """What a checkpoint holds, {name: value}: of a new run, or of the one that `args.checkpoint` is from. The
-    parts, {"model": ..., "optimizer": ..., "scheduler": ... or None}, get its state."""
+    """A new run, {name: value} as in a checkpoint, or that of args.checkpoint, whose state the parts get."""
     spec, saved, args.checkpoint = json.loads(json.dumps(asdict(train_set.spec))), args.checkpoint, None
     setup = {**args.settings, **spec, "training images": len(train_set)}
     setup |= {name: type(parts[name]).__name__ for name in ("optimizer", "scheduler")}
@@ -819,7 +819,7 @@ def describe_run(model: nn.Module, train_set: ImageDataset, test_set: ImageDatas
     count, on = sum(p.numel() for p in model.parameters()), f"{args.device} in {args.precision}"
     print(f"{args.recipe.stem} on {on}: {count:,} parameters, {len(spec.classes)} classes")
     print(f"input {spec.channels}x{spec.size}x{spec.size}, {len(train_set):,} + {len(test_set):,} images")
-    if HAS_MATPLOTLIB:
+    if HAS_MATPLOTLIB and is_main_process():
         images, labels = train_set[torch.randperm(len(train_set))[:8]]
         augmented = train_set.augment(images) if train_set.augment else images
         titles = [spec.classes[label] for label in labels.tolist()] + [""] * len(labels)

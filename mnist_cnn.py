@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-TUNED = dict(batch_size=64, lr=0.004)
+TUNED = dict(batch_size=64, lr=0.003)
 
 
 class CNN(nn.Module):
@@ -78,11 +78,11 @@ class DarkBackground(nn.Module):
 
 
 def random_affine(images, flip):
-    """Data augmentation, each image of a batch (N, C, H, W) by its own draw: random rotation by up to 10
-    degrees, scaling by up to 10 %, translation by up to 2 pixels; if `flip`, random horizontal flip."""
+    """Data augmentation, each image of a batch (N, C, H, W) by its own draw: random rotation by up to 8
+    degrees, scaling by up to 8 %, translation by up to 1.5 pixels; if `flip`, random horizontal flip."""
     angle, scale, dx, dy, mirror = torch.rand(5, len(images), device=images.device) * 2 - 1
-    angle, scale = angle * math.radians(10), 1 + 0.1 * scale
-    shift = 4 / images.shape[-1]  # 2 pixels, where half a side is 1
+    angle, scale = angle * math.radians(8), 1 + 0.08 * scale
+    shift = 3 / images.shape[-1]  # 1.5 pixels, where half a side is 1
     cos, sin = scale * torch.cos(angle), scale * torch.sin(angle)
     side = torch.where(mirror < 0, -1.0, 1.0) if flip else 1.0
     rows = torch.stack([side * cos, -sin, shift * dx]), torch.stack([side * sin, cos, shift * dy])

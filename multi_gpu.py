@@ -8,7 +8,8 @@ torchrun --nnodes=2 --nproc-per-node=4 --rdzv-backend=c10d --rdzv-endpoint=HOST:
 
 torchrun starts the processes, tells them how to find each other and starts them again. Each gets its part of
 every batch, and DistributedDataParallel averages the gradients, so that the network learns what it would
-learn in one process. All flags of the recipe hold; --batch-size counts the images of all processes together.
+learn in one process (batch normalization aside, which sees a part alone). All flags of the recipe hold;
+--batch-size counts the images of all processes together.
 """
 
 import common

@@ -46,11 +46,11 @@ def cache_features(model, dataset, args):
     features, cached = torch.zeros(len(dataset), model.head.in_features), copy.copy(dataset)
     batches = torch.arange(len(dataset)).split(max(8, 2**16 // dataset.spec.size**2))
     bar = common.progress_bar(batches, "frozen features", args)
-    for batch, images, _ in common.load_batches(dataset, bar, args):
+    for indices, images, _ in common.load_batches(dataset, bar, args):
         with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp):
-            features[batch] = model.backbone(images).float().cpu()
+            features[indices] = model.backbone(images).float().cpu()
     common.all_reduce(features)  # of which each process has computed its part
-    cached.normalize, cached.load = nn.Identity(), lambda batch: (features[batch], dataset.labels[batch])
+    cached.normalize, cached.load = nn.Identity(), lambda i: (features[i], dataset.labels[i])
     return cached
 
 

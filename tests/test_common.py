@@ -189,14 +189,18 @@ def lose_images():
     common.save_epoch = lose
 
 
-def test_an_image_that_replaces_another_brings_its_label(folder):
-    files = [folder / "missing.png", folder / "train/ball/0.png", folder / "train/lying/0.png"]
-    data = common.ImageDataset(files, [2, 0, 1], common.Spec(["a", "b", "c"], 32), skip_bad=True)
+def test_the_next_image_that_can_be_read_replaces_another_with_its_label(folder):
+    good = [folder / "train/ball/0.png", folder / "train/lying/0.png"]
+    files = [folder / "missing.png", folder, *good, folder / "none.png"]
+    data = common.ImageDataset(files, [2, 1, 0, 1, 0], common.Spec(["a", "b", "c"], 32), skip_bad=True)
+    assert data[0][1] == 0 and data[4][1] == 0  # the first one comes after the last
     images, labels = data[:]
-    assert labels.tolist() == [0, 0, 1] and torch.equal(images[0], images[1])
-    assert data[1:][1].tolist() == [0, 1]
-    with pytest.raises(common.UserError, match=r"missing\.png cannot be read"):
-        data[0]  # there is no other image in its batch
+    assert labels.tolist() == data.labels.tolist() == [0, 0, 0, 1, 0]
+    assert torch.equal(images[0], images[2]) and torch.equal(images[1], images[2])
+    assert data[[]][0].shape == (0, 3, 32, 32)
+    data = common.ImageDataset(files[:2], [2, 1], data.spec, skip_bad=True)
+    with pytest.raises(common.UserError, match="no image can be read"):
+        data[0]
 
 
 def test_a_csv_may_test_on_some_of_the_classes_and_a_folder_may_not(folder, tmp_path):
@@ -415,6 +419,10 @@ def test_an_interrupted_cell_of_a_notebook_runs_again(tmp_path, digits):
         train(tmp_path, data, "a", 2, after_epoch=stop)
     history, _, _ = train(tmp_path, data, "a", 2)  # while `kept` has the frames of the first, as IPython does
     assert len(history) == 2 and kept
+    with pytest.raises(RuntimeError, match="shapes") as kept:
+        train(tmp_path, data, "b", 1, model=lambda: network(nn.Linear(9, 9)))
+    history, _, _ = train(tmp_path, data, "b", 1)
+    assert len(history) == 1 and kept
 
 
 def test_batch_normalization_leaves_a_last_batch_of_one_image_out(tmp_path, digits):

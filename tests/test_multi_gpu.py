@@ -13,6 +13,8 @@ from functools import partial
 from pathlib import Path
 
 import common
+import lenet_cifar
+import predict
 
 import pytest
 import torch
@@ -111,6 +113,19 @@ def test_fewer_pictures_than_processes_still_count_once(tmp_path, folder):
     assert_close(tmp_path / "one", tmp_path / "group", 1e-5)
     out, _ = run_group(3, "mnist_cnn.py", *args, "--tuned", cwd=tmp_path)  # with data augmentation
     assert out.count("best epoch") == 1
+
+
+def test_what_is_tested_is_what_is_saved_with_batch_normalization_too(tmp_path, folder):
+    text = (ROOT / LENET).read_text().replace("F.relu(self.fc2(x))", "self.norm(F.relu(self.fc2(x)))")
+    text = text.replace("        self.fc3 =", "        self.norm = nn.BatchNorm1d(84)\n        self.fc3 =")
+    (tmp_path / "my_net.py").write_text(text)
+    args = ["--data", folder, "--epochs", 1, "--batch-size", 8, "--lr", 0.1]
+    run_group(2, tmp_path / "my_net.py", *args, "--out", "group", cwd=tmp_path)
+    model, spec = predict.load_model(tmp_path / "group/last.pt", tmp_path / "my_net.py")
+    args = lenet_cifar.parser().parse_args(["--data", str(folder), "--quiet"])
+    _, test_set = common.load_data(args, "CIFAR10", mean=spec.mean, std=spec.std)
+    row, _ = common.evaluate(model[1], test_set, args)
+    assert row["test_loss"] == pytest.approx(history(tmp_path / "group")[-1][4], rel=1e-5)
 
 
 def test_one_process_says_so_and_trains_as_the_recipe_does(tmp_path, folder):
