@@ -1,7 +1,7 @@
 """How fast are the recipes on this machine? Needs the data sets in data/, or downloads them.
 
 python bench.py                                              # all three recipes
-python bench.py --quick --json speed.json                    # a few minutes on two cores; figures as JSON
+python bench.py --quick --json speed.json                    # two to three minutes; figures as JSON
 python bench.py mnist_cnn --only training -- --data drawn    # after --, flags of the recipe
 
 training    images a second. recipe: common.train_one_epoch at the source's settings. textbook: the same
@@ -17,7 +17,7 @@ start       seconds from the command, python RECIPE.py, to the end of the first 
 growth      ever more drawn images: the second epoch, and the most memory of the process. One run each.
 
 Ways take turns, in an order that alternates: median (least to most). The first recipe stands for all in
-prediction and growth.
+prediction and growth. --quick leaves out accuracy, and bfloat16 where the hardware is slow at it.
 """
 
 import contextlib
@@ -51,7 +51,7 @@ from torchvision import transforms
 
 TARGETS = {"lenet_cifar": 0.54, "quick_cifar": 0.65, "mnist_cnn": 0.985}  # the sources' test accuracy
 FLAGS = {  # default, with --quick, least, help
-    "rounds": (5, 2, 0, "rounds that count, after one that warms up; 0: only that one"),
+    "rounds": (5, 1, 0, "rounds that count, after one that warms up; 0: only that one"),
     "batches": (150, 10, 1, "training: batches a round"),
     "epochs": (10, 1, 1, "accuracy: the most epochs with --tuned"),
     "limit": (120, 5, 1, "accuracy: the most seconds of the textbook's loop"),
@@ -196,15 +196,17 @@ def compute_loop(run, count):
 # ------------------------------------------------------------ the parts, which return {row: {column: figure}}
 def training(name, args):
     flags = [*args.flags, "--limit-batches", str(args.batches), "--epochs", str(args.rounds + 1)]
-    textbook, *runs = (capture(name, *flags, *more) for more in ([], [], ["--amp"], ["--tuned"]))
+    textbook, *runs = (capture(name, *flags, *more) for more in ([], [], ["--tuned"], ["--amp"]))
     for run in runs:
         run.model.to(memory_format=torch.channels_last)  # as `common.fit` does
-    ways = dict(zip(("recipe", "recipe, bfloat16", "recipe --tuned"), map(recipe_loop, runs), strict=True))
+    ways = dict(zip(("recipe", "recipe --tuned", "recipe, bfloat16"), map(recipe_loop, runs), strict=True))
     seconds = time_workers(name, args.batches, *args.flags)
     for workers in 0, min([number for number in seconds if number], key=seconds.get):
         ways[f"textbook, {workers} workers"] = textbook_loop(textbook, workers)
     ways["compute alone"] = compute_loop(runs[0], args.batches)
-    ways["compute alone, bfloat16"] = compute_loop(runs[1], args.batches)
+    ways["compute alone, bfloat16"] = compute_loop(runs[2], args.batches)
+    if args.quick and "slower" in runs[2].args.precision:
+        ways = {name: way for name, way in ways.items() if "bfloat16" not in name}
     return take_turns("images/s", ways, args.rounds)
 
 
@@ -331,13 +333,14 @@ def parse_args(argv):
     for name, (default, _, _, text) in FLAGS.items():
         parser.add_argument(f"--{name}", default=default, help=text, type=int, metavar="N")
     parser.add_argument("--quick", action="store_true", help="less of everything")
-    parser.add_argument("--only", choices=PARTS, nargs="+", default=list(PARTS), help="these parts")
+    parser.add_argument("--only", choices=PARTS, nargs="+", help="these parts; all by default")
     parser.add_argument("--json", metavar="FILE", help="write the figures, and the machine's, to FILE")
     end = argv.index("--") if "--" in argv else len(argv)
     if parser.parse_args(argv[:end]).quick:  # as defaults, so that a flag on the command line still wins
         parser.set_defaults(**{name: quick for name, (_, quick, _, _) in FLAGS.items()})
     args = parser.parse_args(argv[:end])
     args.recipes, args.flags = args.recipes or list(TARGETS), argv[end + 1 :]
+    args.only = args.only or [part for part in PARTS if not (args.quick and part == "accuracy")]
     if unknown := [name for name in args.recipes if name not in TARGETS]:
         parser.error(f"{unknown[0]} is none of {', '.join(TARGETS)}")
     for name, (_, _, least, _) in FLAGS.items():

@@ -90,7 +90,7 @@ def speak_to(terminal):
 def test_a_terminal_gets_a_progress_bar_with_epoch_loss_and_accuracy(tmp_path):
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))  # 24 rows of 80 columns
-    args = ("--data", "drawn", "--epochs", 1, "--batch-size", 4, "--limit-batches", 900)
+    args = ("--data", "drawn", "--epochs", 1, "--batch-size", 4, "--limit-batches", 400)
     process, _ = warm(SCRIPT, *args, cwd=tmp_path, before=partial(speak_to, os.ttyname(theirs)))
     process.join(0.5)  # until it has opened the terminal, too
     os.close(theirs)
