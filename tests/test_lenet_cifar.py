@@ -19,7 +19,7 @@ import lenet_cifar
 
 import pytest
 import torch
-from conftest import ROOT, finish, one_error_line, run, start, warm
+from conftest import ENVIRONMENT, ROOT, finish, one_error_line, run, slow, start, warm
 
 SCRIPT = "lenet_cifar.py"
 HEADER = (
@@ -48,11 +48,17 @@ def assert_same_run(one, other):
             assert row[name] == twin[name]
 
 
-def test_one_batch_of_drawn_digits_fills_the_run_folder(tmp_path):
-    process = start(SCRIPT, "--data", "drawn", "--epochs", 1, "--limit-batches", 1, cwd=tmp_path)
-    out, err = process.communicate(timeout=120)
+@slow
+def one_batch_of_drawn_digits_fills_the_run_folder(cwd):
+    args = ("--data", "drawn", "--epochs", 1, "--limit-batches", 1)
+    process = start(SCRIPT, *args, cwd=cwd, env=ENVIRONMENT)
+    return cwd, process, *process.communicate(timeout=120)
+
+
+def test_one_batch_of_drawn_digits_fills_the_run_folder(done):
+    cwd, process, out, err = done
     assert process.returncode == 0
-    folder = tmp_path / "runs/lenet_cifar"
+    folder = cwd / "runs/lenet_cifar"
     names = {"last.pt", "best.pt", "history.csv", "loss.csv"}
     names |= {f"{name}.png" for name in ("samples", "curves", "confusion", "mistakes")}
     assert {file.name for file in folder.iterdir()} == names
@@ -78,9 +84,14 @@ def test_help_shows_every_default_and_what_tuned_changes(tmp_path):
     assert "batch size 64" in text
 
 
-def test_tuned_learns_drawn_digits_in_three_epochs(tmp_path):
-    run(SCRIPT, "--data", "drawn", "--tuned", "--epochs", 3, cwd=tmp_path)
-    assert float(rows_of(tmp_path / "runs/lenet_cifar/history.csv")[-1]["test_accuracy"]) > 0.90
+@slow
+def tuned_learns_drawn_digits_in_three_epochs(cwd):
+    run(SCRIPT, "--data", "drawn", "--tuned", "--epochs", 3, cwd=cwd)
+    return cwd
+
+
+def test_tuned_learns_drawn_digits_in_three_epochs(done):
+    assert float(rows_of(done / "runs/lenet_cifar/history.csv")[-1]["test_accuracy"]) > 0.90
 
 
 def speak_to(terminal):
