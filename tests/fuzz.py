@@ -47,6 +47,7 @@ LIBRARIES = (
     "Unsupported ",
     "Inconsistent ",
     "Bogus ",
+    "Warning: unknown JFIF",
 )
 FIELDS = ["", "\0", '"', "x" * 100_000, "x" * 200_000, "\ufeff", "../" * 9 + "etc/passwd", "/dev/zero", "."]
 FIELDS += ["0.png\n", "\r", "1", "-1", "1" * 5000, "²", "٣", "NaN", "\ud800", "\x1b[2J", "x" * 300, "~", "%s"]
