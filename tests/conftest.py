@@ -15,6 +15,7 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for tiny batches, in processes beside each other
 ROOT = Path(__file__).parents[1]
+os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"  # of all processes that are started
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 
@@ -23,8 +24,11 @@ WARM = multiprocessing.get_context("forkserver")
 WARM.set_forkserver_preload(["torch", "torchvision", "torch._dynamo", "cv2", "matplotlib.figure", "conftest"])
 
 
+# A sixth of the drawn images, which the warm processes share, for where it does not matter what is learnt.
+DRAW_DIGITS = common.draw_digits
+FEW = {shape: DRAW_DIGITS("test", common.Spec([], *shape)) for shape in ((32, 3), (28, 1))}
 SLOW = {}  # {name of a test: what it is about, a function}
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}  # before a test changes it
+ENVIRONMENT = {**os.environ}  # before a test changes it
 
 
 def hear_ctrl_c():
@@ -36,20 +40,20 @@ def start(script, *args, cwd, **options):
     """Start a script as the user does, `python SCRIPT ...` in the folder `cwd`; returns the process."""
     command = [sys.executable, str(ROOT / script), *map(str, args)]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
-    options = {"env": {**os.environ, "PYTHONPATH": str(ROOT)}, "preexec_fn": hear_ctrl_c, **options}
-    return subprocess.Popen(command, cwd=cwd, **options)
+    return subprocess.Popen(command, cwd=cwd, preexec_fn=hear_ctrl_c, **options)
 
 
-def run(script, *args, cwd, status=0, before=None, figures=False):
-    """Run a script to its end in a warm process, after the function `before`; returns (stdout, stderr). Fails
-    where its exit status is another than `status`. Figures, half the time of a tiny run, only if wanted."""
-    return finish(warm(script, *args, cwd=cwd, before=before, figures=figures), status)
+def run(script, *args, cwd, status=0, **options):
+    """Run a script to its end in a warm process, with the options of `warm`; returns (stdout, stderr). Fails
+    where its exit status is another than `status`."""
+    return finish(warm(script, *args, cwd=cwd, **options), status)
 
 
-def warm(script, *args, cwd, before=None, name="", figures=False):
-    """Start a script in a warm process, after the function `before`; `name` is for several in one folder."""
+def warm(script, *args, cwd, before=None, name="", figures=False, few=True):
+    """Start a script in a warm process, after the function `before`; `name` is for several in one folder.
+    Figures, half the time of a tiny run, only if wanted; few drawn images, unless all are wanted."""
     files = [Path(cwd, f".stdout{name}"), Path(cwd, f".stderr{name}")]
-    args = (str(ROOT / script), [*map(str, args)], str(cwd), files, dict(os.environ), before, figures)
+    args = (str(ROOT / script), [*map(str, args)], str(cwd), files, dict(os.environ), before, figures, few)
     process = WARM.Process(target=_run, args=args)
     process.start()
     return process, files
@@ -67,22 +71,24 @@ def finish(started, status):
     return out, err
 
 
-def _run(script, args, cwd, files, environment, before, figures):
+def _run(script, args, cwd, files, environment, before, figures, few):
     os.environ.update(environment)
     for descriptor, file in enumerate(files, 1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
     os.chdir(cwd)
     sys.argv = [script if os.path.dirname(script) != str(ROOT) else os.path.basename(script), *args]
     common.HAS_MATPLOTLIB = figures
+    if few:
+        common.draw_digits = few_digits
     if before:
         before()
     runpy.run_path(script, run_name="__main__")
 
 
-def few_digits():
-    """A sixth of the drawn images, in this process: where what they show does not matter."""
-    draw = common.draw_digits
-    common.draw_digits = lambda part, spec: draw("test", spec)
+def few_digits(part, spec):
+    """In the place of common.draw_digits."""
+    spec.classes = list("0123456789")
+    return FEW.get((spec.size, spec.channels)) or DRAW_DIGITS("test", spec)
 
 
 def slow(work):
@@ -132,10 +138,9 @@ def draw(kind, rng, height=32, width=32):
     return picture
 
 
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory):
+def write_pictures(root):
     """train/<class>/ and test/<class>/ of three classes, in several formats and sizes; CSVs of the same."""
-    root, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     for part, count in (("train", 20), ("test", 7)):
         rows = ["file,label"]
         for kind in ("ball", "lying", "standing"):
@@ -145,4 +150,10 @@ def folder(tmp_path_factory):
                 cv2.imwrite(str(file), draw(kind, rng, 30 + 5 * (i % 3), 40))
                 rows.append(f"{file.relative_to(root)},{kind}")
         (root / f"{part}-rows.csv").write_text("\n".join(rows) + "\n")
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("pictures")
+    write_pictures(root)
     return root

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+from unittest import mock
 
 import common
 import lenet_cifar
@@ -25,7 +26,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import ROOT, one_error_line, run
+from conftest import ROOT, few_digits, one_error_line, run
 from torch import nn
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader
@@ -44,20 +45,23 @@ def flags(**changed):
 
 @pytest.fixture(scope="module")
 def digits():
-    return common.load_data(flags(), "CIFAR10")
+    with mock.patch.object(common, "draw_digits", few_digits):
+        return common.load_data(flags(), "CIFAR10")
 
 
 @pytest.fixture(autouse=True)
-def no_figures(monkeypatch):
-    """Figures take most of the time of a tiny run."""
+def neither_figures_nor_many_digits(monkeypatch):
+    """They take most of the time of a tiny run."""
     monkeypatch.setattr(common, "HAS_MATPLOTLIB", False)
+    monkeypatch.setattr(common, "draw_digits", few_digits)
 
 
 # ------------------------------------------------------------------------------------------- images
 
 
 def test_drawn_digits_are_too_hard_for_the_nearest_centroid(digits):
-    train, test = ((part.images.float().flatten(1), part.labels) for part in digits)
+    data = digits[0]
+    train, test = zip(data.images.float().flatten(1).split(1000), data.labels.split(1000), strict=True)
     centroids = torch.stack([train[0][train[1] == digit].mean(0) for digit in range(10)])
     accuracy = (torch.cdist(test[0], centroids).argmin(1) == test[1]).float().mean()
     assert 0.1 < accuracy < 0.6
@@ -102,15 +106,13 @@ def test_each_image_is_flipped_and_cropped_by_its_own_draw():
 
 
 def test_holdout_takes_images_from_the_training_set_and_no_others(digits):
-    train, held = common.load_data(flags(holdout=1000, seed=5), "CIFAR10")
-    assert (len(train), len(held)) == (9000, 1000)
+    train, held = common.load_data(flags(holdout=200, seed=5), "CIFAR10")
+    assert (len(train), len(held)) == (1800, 200)
     both = {bytes(image) for part in (train, held) for image in part.images.numpy()}
     assert both == {bytes(image) for image in digits[0].images.numpy()}
 
 
-def test_limited_batches_are_of_all_classes_and_always_the_same(monkeypatch):
-    draw = common.draw_digits
-    monkeypatch.setattr(common, "draw_digits", lambda part, spec: draw("test", spec))
+def test_limited_batches_are_of_all_classes_and_always_the_same():
     train, test = common.load_data(flags(limit_batches=10), "CIFAR10")
     assert len(train) == len(test) == 70 and len(test.labels.unique()) == 10
     again = common.load_data(flags(limit_batches=10, seed=9), "CIFAR10")

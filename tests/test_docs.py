@@ -17,12 +17,6 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TINY = ["--epochs", "1", "--limit-batches", "1", "--batch-size", "8", "--quiet"]
 
 
-def small():
-    """Small networks and data sets, where a command has large ones."""
-    few_digits()
-    first_blocks()
-
-
 def commands():
     """The indented lines that start a script of this repository, without comments, each once."""
     found = {}
@@ -42,7 +36,7 @@ def place(tmp_path_factory, folder):
     shutil.copy(ROOT / "lenet_cifar.py", place / "my_net.py")
     shutil.copy(ROOT / "common.py", place)
     for script in (ROOT / "lenet_cifar.py", place / "my_net.py"):
-        run(script, "--data", "drawn", *TINY, cwd=place, before=few_digits)
+        run(script, "--data", "drawn", *TINY, cwd=place)
     return place
 
 
@@ -54,13 +48,13 @@ def test_every_command_of_the_pages_runs(place, command):
     if script == "vgg_transfer.py":
         args += ["--weights", "none", "--size", "32"]
     if "--resume" in args:  # a run of two epochs at least
-        run(script, "--data", "drawn", *TINY, cwd=place, before=few_digits)
+        run(script, "--data", "drawn", *TINY, cwd=place)
         args = ["--resume", "--epochs", "2", "--quiet"]
     elif script not in ("predict.py", "multi_gpu.py") or ("--recipe" in args and script == "multi_gpu.py"):
         args += ["--data", "drawn"] * ("--data" not in args) + TINY
     args = ["auto" if arg == "cuda" else arg for arg in args]
     script = place / script if script == "my_net.py" else script
-    run(script, *args, cwd=place, before=small, figures="--figure" in args)
+    run(script, *args, cwd=place, before=first_blocks, figures="--figure" in args)
 
 
 def run_cell(page):
@@ -72,8 +66,7 @@ def run_cell(page):
 
 def test_the_notebook_of_the_pages_runs(place, monkeypatch, capsys):
     monkeypatch.chdir(place)
-    monkeypatch.setattr(common, "draw_digits", common.draw_digits)  # to be put back
-    few_digits()
+    monkeypatch.setattr(common, "draw_digits", few_digits)
     run_cell("change.md")
     accuracy, name = capsys.readouterr().out.splitlines()[-1].split()
     assert 0 <= float(accuracy) <= 1 and name in "0123456789"

@@ -86,7 +86,7 @@ def test_help_shows_every_default_and_what_tuned_changes(tmp_path):
 
 @slow
 def tuned_learns_drawn_digits_in_three_epochs(cwd):
-    run(SCRIPT, "--data", "drawn", "--tuned", "--epochs", 3, cwd=cwd)
+    run(SCRIPT, "--data", "drawn", "--tuned", "--epochs", 3, cwd=cwd, few=False)
     return cwd
 
 
@@ -101,7 +101,7 @@ def speak_to(terminal):
 def test_a_terminal_gets_a_progress_bar_with_epoch_loss_and_accuracy(tmp_path):
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))  # 24 rows of 80 columns
-    args = ("--data", "drawn", "--epochs", 1, "--batch-size", 4, "--limit-batches", 400)
+    args = ("--data", "drawn", "--epochs", 1, "--batch-size", 2, "--limit-batches", 1000)
     process, _ = warm(SCRIPT, *args, cwd=tmp_path, before=partial(speak_to, os.ttyname(theirs)))
     process.join(0.5)  # until it has opened the terminal, too
     os.close(theirs)
@@ -316,7 +316,7 @@ def test_a_closed_pipe_ends_quietly(tmp_path):
         (["--batch-size", "-4"], ["--batch-size", "-4"]),
         (["--lr", "0"], ["--lr", "0"]),
         (["--lr", "inf"], ["--lr", "inf"]),
-        (["--data", "drawn", "--holdout", "99999"], ["--holdout 99999", "10000"]),
+        (["--data", "drawn", "--holdout", "99999"], ["--holdout 99999", "2000"]),
         (["--data", "drawn", "--out", "/dev/null/run"], ["/dev/null/run", "--out"]),
         (["--data", "."], ["CIFAR10", "--data drawn"]),
         (["--data", "mistyped"], ["no folder mistyped", "--download"]),

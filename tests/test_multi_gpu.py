@@ -5,9 +5,6 @@ import csv
 import os
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -18,7 +15,8 @@ import predict
 
 import pytest
 import torch
-from conftest import ENVIRONMENT, ROOT, finish, one_error_line, run, slow, warm
+import torch.distributed.run
+from conftest import ENVIRONMENT, ROOT, finish, one_error_line, run, slow, warm, write_pictures
 
 SCRIPT = "multi_gpu.py"
 LENET = "lenet_cifar.py"
@@ -30,40 +28,28 @@ def join(environment):
     os.environ.update(environment)
 
 
-def free_port():
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
-
-
-def start_group(count, script, *args, cwd, each=lambda rank: []):
-    """Start the processes of a group as torchrun does; `each` gives further flags of a rank."""
-    port, started = free_port(), []
+def run_group(count, script, *args, cwd, status=0, each=lambda rank: [], **options):
+    """Run the processes of a group, as torchrun does, which has the store; `each` gives further flags of a
+    rank. Returns stdout and stderr of all together."""
+    store, started = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False), []
     for rank in range(count):
         environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
-        environment.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        environment.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=store.port, TORCHELASTIC_USE_AGENT_STORE=True)
         before = partial(join, {name: str(value) for name, value in environment.items()})
-        started.append(warm(script, *args, *each(rank), cwd=cwd, before=before, name=rank))
-    return started
-
-
-def run_group(count, script, *args, cwd, status=0, each=lambda rank: []):
-    """Run a group to its end; returns stdout and stderr of all together."""
-    ended = [finish(one, status) for one in start_group(count, script, *args, cwd=cwd, each=each)]
+        started.append(warm(script, *args, *each(rank), cwd=cwd, before=before, name=rank, **options))
+    ended = [finish(one, status) for one in started]
     return "".join(out for out, _ in ended), "".join(err for _, err in ended)
 
 
 def torchrun(*args, cwd):
-    """Start torchrun itself with two processes, in a session of its own."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node=2",
-        f"--master-port={free_port()}",
-    ]
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    return subprocess.Popen([*command, *map(str, args)], cwd=cwd, env=ENVIRONMENT, **pipes)
+    """Start torchrun with two processes, which are as cold as a user's."""
+    flags = ["--standalone", "--nproc-per-node=2"]
+    return warm(torch.distributed.run.__file__, *flags, *args, cwd=cwd, before=prepare_torchrun)
+
+
+def prepare_torchrun():
+    os.environ.update(ENVIRONMENT)
+    os.setsid()
 
 
 def children(parent):
@@ -154,18 +140,10 @@ def test_help_has_the_flags_of_the_recipe_too(tmp_path):
     assert "--activation" in text and "--demo" in text and "of all processes together" in text
 
 
-@slow
-def bad_use_is_one_message_of_one_process(cwd):
-    bad = [("--data", "drawn", "--epochs", 0), ("--data", "missing")]
-    started = [torchrun(ROOT / LENET, *args, cwd=cwd) for args in bad]
-    return [(process, process.communicate(timeout=100)[1]) for process in started]
-
-
-def test_bad_use_is_one_message_of_one_process(done):
-    for (process, err), parts in zip(done, [["--epochs"], ["missing", "--download"]], strict=True):
-        lines = [line for line in err.splitlines(keepends=True) if "error: " in line and line[0] == "l"]
-        one_error_line("".join(lines), *parts)
-        assert process.returncode == 1 and "exitcode  : 2" in err
+@pytest.mark.parametrize("args, parts", [(["--epochs", 0], []), (["--data", "missing"], ["--download"])])
+def test_bad_use_is_one_message_of_one_process(tmp_path, args, parts):
+    _, err = run_group(2, LENET, *args, cwd=tmp_path, status=2)
+    one_error_line(err, f"{args[0]} {args[1]}" if args[1] == 0 else "missing", *parts)
 
 
 @slow
@@ -173,13 +151,12 @@ def a_raising_worker_ends_the_others_and_is_the_one_that_speaks(cwd):
     text = (ROOT / "lenet_cifar.py").read_text()
     line, bug = "        x = x.flatten(1)", "; int(__import__('os').environ['RANK']) and 1 / 0"
     (cwd / "my_net.py").write_text(text.replace(line, line + bug))
-    process = torchrun(ROOT / SCRIPT, "--recipe", "my_net.py", "--data", "drawn", cwd=cwd)
-    return process, process.communicate(timeout=100)[1]
+    write_pictures(cwd / "data")
+    return finish(torchrun(ROOT / SCRIPT, "--recipe", "my_net.py", cwd=cwd), 1)
 
 
 def test_a_raising_worker_ends_the_others_and_is_the_one_that_speaks(done):
-    process, err = done
-    assert process.returncode == 1
+    _, err = done
     assert err.index("ZeroDivisionError: division by zero") < err.index("Root Cause")
     assert "another process is gone" not in err
 
@@ -188,19 +165,21 @@ def test_a_raising_worker_ends_the_others_and_is_the_one_that_speaks(done):
 def a_killed_worker_comes_back_and_the_run_ends_as_if_nothing_had_been(cwd):
     if not Path("/proc/self/status").exists():
         return None
-    args = ["--data", "drawn", "--limit-batches", 15, "--epochs", 40, "--batch-size", 4]
+    write_pictures(cwd / "data")
+    args = ["--limit-batches", 15, "--epochs", 15, "--batch-size", 4]
     run_group(2, LENET, *args, "--out", "calm", cwd=cwd)
-    process = torchrun("--max-restarts=3", ROOT / LENET, *args, "--out", "killed", cwd=cwd)
-    while not (cwd / "killed/last.pt").exists() and process.poll() is None:
+    process, (out, _) = torchrun("--max-restarts=3", ROOT / LENET, *args, "--out", "killed", cwd=cwd)
+    while not (cwd / "killed/last.pt").exists() and process.is_alive():
         time.sleep(0.02)
     os.kill(max(children(process.pid)), signal.SIGKILL)
-    return cwd, process, *process.communicate(timeout=100)
+    process.join(100)
+    return cwd, process.exitcode, out.read_text()
 
 
 def test_a_killed_worker_comes_back_and_the_run_ends_as_if_nothing_had_been(done):
     if done is None:
         pytest.skip("finds the worker in Linux's /proc")
-    cwd, process, out, err = done
-    assert process.returncode == 0, err
+    cwd, status, out = done
+    assert status == 0
     assert out.count("lenet_cifar on cpu") == 2  # it was started twice
     assert_close(cwd / "calm", cwd / "killed", 0)
