@@ -414,7 +414,7 @@ def draw_digits(part: str, spec: Spec) -> list[tuple[np.ndarray, int]]:
     spec.classes, count = list("0123456789"), 10_000 if part == "train" else 2_000
     rng, shape, pairs = np.random.default_rng(count), (spec.size, spec.size, spec.channels), []
     for digit in rng.permutation(np.arange(count) % 10).tolist():
-        font, thickness = int(rng.choice([0, 2, 3, 4, 6, 7])), int(rng.integers(2, 6))  # OpenCV's fonts
+        font, thickness = [0, 2, 3, 4, 6, 7][rng.integers(6)], int(rng.integers(2, 6))  # OpenCV's fonts
         canvas = np.zeros((64, 64), np.uint8)
         cv2.putText(canvas, str(digit), (17, 48), font, 1.5, 255, thickness, cv2.LINE_AA)
         angle, scale = rng.uniform(-25, 25), rng.uniform(0.4, 0.7) * spec.size / 32
@@ -722,7 +722,7 @@ def start_or_resume(parts: dict, train_set: ImageDataset, args: Namespace) -> di
     run = {"format": FORMAT, "recipe": args.recipe.stem, "settings": args.settings, "spec": spec, **parts}
     if not saved:
         return run | {"setup": setup, "history": [], "losses": []}
-    free = [*FREE, "training images"] if args.skip_bad and not args.holdout else FREE
+    free = FREE + ["training images"] * (args.skip_bad and len(train_set) < saved["setup"]["training images"])
     for name, value in setup.items():
         if name not in free and value != (before := saved["setup"].get(name)):
             raise UserError(f"--resume cannot change {name} from {before} to {value}: name another --out")
@@ -850,7 +850,7 @@ def report(run: dict, predictions: tuple, test_set: ImageDataset, args: Namespac
     print(f"classify: {shlex.join(command)} IMAGE...")
 
 
-def draw_grid(images: Sequence[Tensor], titles: Sequence[str], heading: str, marked: Sequence[int] = ()):
+def draw_grid(images: Sequence[Tensor], titles: list[str], heading: str, marked: Sequence = ()) -> object:
     """A matplotlib figure of images (C, H, W), uint8 or from 0 to 1, with titles, those `marked` red."""
     rows, Figure = math.ceil(len(images) / 8), importlib.import_module("matplotlib.figure").Figure
     figure = Figure(figsize=(9.6, 1.7 * rows + 0.5), layout="constrained", dpi=110)

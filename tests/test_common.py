@@ -158,6 +158,11 @@ def test_an_image_that_goes_bad_while_streaming_ends_the_run_and_can_be_left_out
     one_error_line(err, "--resume cannot change training images from 60 to 59")
     out, _ = run("lenet_cifar.py", "--resume", "--skip-bad", cwd=tmp_path, before=stream)
     assert "59 + 20 images" in out
+    shutil.copy(folder / "train/ball/0.png", tmp_path / "mine/train/ball/more.png")
+    shutil.copy(folder / "train/ball/0.png", tmp_path / "mine/train/ball/0.png")
+    args = ("--resume", "--skip-bad", "--epochs", 4)
+    _, err = run("lenet_cifar.py", *args, cwd=tmp_path, before=stream, status=2)
+    one_error_line(err, "--resume cannot change training images from 59 to 61")
     assert len(common.load_checkpoint(tmp_path / "runs/lenet_cifar/last.pt")["history"]) == 3
 
 
