@@ -15,14 +15,13 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for tiny batches, in processes beside each other
 ROOT = Path(__file__).parents[1]
-os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"  # of all processes that are started
+os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"  # else the fork server finds neither
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 
 # Processes that begin with the slow imports done: a test starts a script in 0.1 s instead of 3.
 WARM = multiprocessing.get_context("forkserver")
 WARM.set_forkserver_preload(["torch", "torchvision", "torch._dynamo", "cv2", "matplotlib.figure", "conftest"])
-
 
 # A sixth of the drawn images, which the warm processes share, for where it does not matter what is learnt.
 DRAW_DIGITS = common.draw_digits
