@@ -383,7 +383,7 @@ def find_images(folder: Path) -> list[Path]:
 
 def list_images(root: Path, name: str) -> list[tuple[Path, str]]:
     """(file, label) pairs of ROOT/NAME.csv, if there is a train.csv, else of ROOT/NAME/<class>/, or val/."""
-    if (root / "train.csv").is_file():
+    if all((root / f"{part}.csv").is_file() for part in ("train", name)):
         with open(root / f"{name}.csv", encoding="utf-8-sig", newline="") as table:
             rows = csv.reader(table, skipinitialspace=True)
             try:
@@ -392,7 +392,7 @@ def list_images(root: Path, name: str) -> list[tuple[Path, str]]:
                 raise UserError(f"{table.name}, line {rows.line_num}: no file,label: {error}") from None
     else:
         folder = root / name if (root / name).is_dir() or name == "train" else root / "val"
-        pairs = [(f, f.relative_to(folder).parts[0]) for f in find_images(folder) if f.parent != folder]
+        pairs = [(file, path.name) for path in sorted(folder.glob("[!.]*")) for file in find_images(path)]
     if not pairs:
         raise UserError(f"no images in {root / name}/<class>/ or {name}.csv: add some (no test: --holdout N)")
     return pairs
@@ -450,11 +450,11 @@ def read_torchvision(name: str, part: str, args: Namespace, spec: Spec) -> list[
 def open_or_download(dataset: type, options: dict, args: Namespace) -> torch.utils.data.Dataset:
     """A torchvision data set from `--data`, else downloaded to it, CIFAR-10 from its mirrors first."""
     folder, name = Path(args.data), dataset.__name__
-    if folder.name.replace("-", "").lower().startswith(name.lower()):
-        folder = folder.parent  # the data set's own folder was named
+    own = folder.is_dir() and folder.name.replace("-", "").lower().startswith(name.lower())
     problems = (OSError, RuntimeError, ValueError, AssertionError, EOFError)
-    with contextlib.suppress(*problems):
-        return dataset(folder, **options)
+    for root in (folder, folder.parent) if own else (folder,):  # the data set's own folder may be named
+        with contextlib.suppress(*problems):
+            return dataset(root, **options)
     loose = any(file.suffix.lower() in SUFFIXES for file in folder.glob("*/*"))
     if args.data != "data" and not args.download and (loose or not folder.is_dir()):
         raise UserError(f"no folder {folder} with train/<class>/ or a data set: name one, or add --download")
@@ -563,9 +563,9 @@ class Metrics:
 
     def update(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
         """Count a batch: its mean loss, its logits (B, classes) and labels (B,)."""
-        count, correct = torch.full_like(loss, len(labels)), (logits.argmax(1) == labels).sum()
+        count = torch.full_like(loss, len(labels), dtype=torch.float)  # a loss in bfloat16 has no 257
         total = loss.detach() * count if len(labels) else count  # the mean of no images is not a number
-        self.sums.append(torch.stack([total, correct, count]))
+        self.sums.append(torch.stack([total, (logits.argmax(1) == labels).sum(), count]))
 
     def __str__(self) -> str:  # what tqdm shows behind its bar, twice a second
         loss, correct, images = torch.stack(self.sums).sum(0).tolist()
@@ -653,8 +653,8 @@ def train_one_epoch(
 
 @torch.no_grad()  # without gradients evaluation takes half the time and a fraction of the memory
 def evaluate(model: nn.Module, dataset: ImageDataset, args: Namespace) -> tuple[dict, tuple]:
-    """Classify every image once; returns its part of the row of history.csv, and what was predicted: classes,
-    int64 (N,), their probabilities, float32 (N,), and the indices of the mistakes, the surest ones first."""
+    """Classify every image once; returns its part of the row of history.csv, and labels, predicted classes,
+    int64 (N,), their probabilities, float32 (N,), and the indices of the mistakes, most confident first."""
     start, batch_size = time.perf_counter(), max(args.batch_size, 2**18 // dataset.spec.size**2)
     bar = progress_bar(torch.arange(len(dataset)).split(batch_size), "evaluation", args)
     results = torch.zeros(4, len(dataset), device=args.device)
@@ -671,7 +671,7 @@ def evaluate(model: nn.Module, dataset: ImageDataset, args: Namespace) -> tuple[
     mistakes = mistakes[probability[mistakes].argsort(descending=True)].tolist()
     row = {"test_loss": loss.double().mean().item(), "test_seconds": round(time.perf_counter() - start, 3)}
     row["test_accuracy"] = (len(labels) - len(mistakes)) / len(labels)
-    return row, (predicted.long(), probability, mistakes)
+    return row, (labels.long(), predicted.long(), probability, mistakes)
 
 
 def one_cycle(optimizer: Optimizer, train_set: ImageDataset, args: Namespace) -> lr_scheduler.OneCycleLR:
@@ -831,9 +831,9 @@ def describe_run(model: nn.Module, train_set: ImageDataset, test_set: ImageDatas
 
 
 def report(run: dict, predictions: tuple, test_set: ImageDataset, args: Namespace) -> None:
-    """Draw the results; print the surest mistakes, the accuracy per class, the best epoch, how to predict."""
+    """Draw the results; print mistakes, the accuracy per class, the best epoch, how to predict."""
     draw_results(run, predictions, test_set, args)
-    (predicted, probability, mistakes), labels = predictions, test_set.labels.cpu()
+    labels, predicted, probability, mistakes = predictions
     names, images = [printable(name) for name in test_set.spec.classes], f"{args.evaluated_on} image"
     print("\nmost confident mistakes:")
     for i in mistakes[:3]:
@@ -870,7 +870,7 @@ def draw_results(run: dict, predictions: tuple | None, test_set: ImageDataset, a
         return
     Figure = importlib.import_module("matplotlib.figure").Figure
     history, losses, names = run["history"], run["losses"], [printable(x)[:15] for x in test_set.spec.classes]
-    (predicted, probability, mistakes), labels = predictions, test_set.labels.cpu()
+    labels, predicted, probability, mistakes = predictions
     figure, steps = Figure(figsize=(9, 3.6), layout="constrained", dpi=110), losses[-1][0] / len(history)
     left, right = figure.subplots(1, 2)
     left.plot([step / steps for step, _ in losses], [loss for _, loss in losses], "0.75", label="training")

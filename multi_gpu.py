@@ -24,7 +24,7 @@ def data_parallel(model, args):
     gpus = torch.cuda.device_count() if args.device == torch.device("cuda:0") else 1
     if gpus == 1:
         print(f"one device, {args.device}: there is nothing to split a batch over")
-        return model
+        return torch.compile(model) if args.compile else model
     print(f"DataParallel over {gpus} GPUs; faster: torchrun --nproc-per-node={gpus} {args.recipe} ...")
     return nn.DataParallel(model)
 

@@ -236,6 +236,16 @@ def test_files_are_resized_to_size_whatever_they_are(tmp_path):
     assert gray.images.shape == (3, 24, 24, 1)
 
 
+def test_a_class_folder_may_be_a_link_and_hidden_ones_are_none(folder, tmp_path):
+    for part in ("train", "test"):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / ".thumbnails").symlink_to(folder / "train/standing")
+        for kind in ("ball", "lying"):
+            (tmp_path / part / kind).symlink_to(folder / part / kind)
+    train, test = common.load_data(flags(data=tmp_path), "CIFAR10")
+    assert (train.spec.classes, len(train), len(test)) == (["ball", "lying"], 40, 14)
+
+
 @pytest.mark.parametrize(
     ("text", "part"),
     [
@@ -256,6 +266,15 @@ def test_a_bad_csv_is_refused_with_the_row_at_fault(tmp_path, text, part):
         common.load_data(flags(data=tmp_path), "CIFAR10")
 
 
+def test_a_csv_to_train_on_alone_needs_holdout(folder, tmp_path):
+    (tmp_path / "train.csv").write_text(
+        f"file,label\n{folder}/train/ball/0.png,a\n{folder}/train/ball/1.jpg,b\n"
+    )
+    with pytest.raises(common.UserError, match=r"no images in .*test\.csv: .*--holdout N"):
+        common.load_data(flags(data=tmp_path), "CIFAR10")
+    assert [len(part) for part in common.load_data(flags(data=tmp_path, holdout=1), "CIFAR10")] == [1, 1]
+
+
 # ------------------------------------------------------------------------------------------- training
 
 
@@ -270,17 +289,23 @@ def subset(data, count):
 
 def test_accuracy_and_loss_are_means_over_images_not_batches(digits):
     data, model = subset(digits[1], 300), network()  # batches of 256 and 44
-    row, (predicted, probability, mistakes) = common.evaluate(model, data, flags())
+    row, (labels, predicted, probability, mistakes) = common.evaluate(model, data, flags())
     logits = model(data.normalize(data[:][0]))
     assert row["test_loss"] == pytest.approx(
         nn.functional.cross_entropy(logits, data.labels).item(), rel=1e-5
     )
     assert row["test_accuracy"] == (logits.argmax(1) == data.labels).sum().item() / 300
-    assert torch.equal(predicted, logits.argmax(1))
+    assert torch.equal(predicted, logits.argmax(1)) and torch.equal(labels, data.labels)
     assert (
         mistakes == sorted(mistakes, key=lambda i: -probability[i])
         and len(mistakes) == (predicted != data.labels).sum()
     )
+
+
+def test_images_are_counted_exactly_where_the_loss_is_in_bfloat16():
+    metrics, labels = common.Metrics(), torch.zeros(301, dtype=torch.int64)
+    metrics.update(torch.tensor(0.5, dtype=torch.bfloat16), torch.zeros(301, 10), labels)
+    assert torch.stack(metrics.sums).tolist() == [[150.5, 301, 301]]
 
 
 def test_training_is_what_a_plain_loop_does(digits):
@@ -531,7 +556,9 @@ def test_cifar10_comes_from_the_first_mirror_that_has_it_and_is_downloaded_once(
         assert (len(train), len(test), train.spec.classes) == (20, 4, ["cat", "dog"])
     assert server.requests.count("/good") == 2  # torchvision asks for a redirection first
     own, _ = common.load_data(flags(data=tmp_path / "new/cifar-10-batches-py"), "CIFAR10")
-    assert len(own) == 20  # its own folder may be named as well
+    shutil.copytree(tmp_path / "new", tmp_path / "cifar10")
+    same, _ = common.load_data(flags(data=tmp_path / "cifar10"), "CIFAR10")
+    assert len(own) == len(same) == 20  # its own folder may be named, or one with a similar name that has it
     (tmp_path / "new/cifar-10-batches-py/data_batch_3").write_bytes(b"half a file")
     train, _ = common.load_data(args, "CIFAR10")  # from the archive, which is still there
     assert len(train) == 20 and server.requests.count("/good") == 2
@@ -544,7 +571,7 @@ def test_no_mirror_and_a_folder_that_is_not_there_are_errors(tmp_path, monkeypat
         common.load_data(flags(data=tmp_path / "new", download=True), "CIFAR10")
     (tmp_path / "loose/cat").mkdir(parents=True)
     cv2.imwrite(str(tmp_path / "loose/cat/x.png"), np.zeros((9, 9), np.uint8))
-    for name in ("mistyped", "loose"):
+    for name in ("mistyped", "loose", "cifar10"):
         with pytest.raises(common.UserError, match=rf"no folder .*{name} with train/<class>/.*--download"):
             common.load_data(flags(data=tmp_path / name), "CIFAR10")
 

@@ -101,6 +101,18 @@ def test_fewer_pictures_than_processes_still_count_once(tmp_path, folder):
     assert out.count("best epoch") == 1
 
 
+def test_an_image_that_one_process_replaces_counts_for_its_new_class(tmp_path, folder):
+    text = (ROOT / LENET).read_text().replace("import common\n", "import common\n\ncommon.IN_MEMORY = 0\n", 1)
+    (tmp_path / "my_net.py").write_text(text)
+    shutil.copytree(folder, tmp_path / "data")
+    (tmp_path / "data/test/standing/6.bmp").write_text("no image")  # the last one: the first is taken
+    args = ["--epochs", 2, "--batch-size", 8, "--lr", 0.01, "--skip-bad"]
+    out, _ = run_group(2, tmp_path / "my_net.py", "--data", "data", *args, cwd=tmp_path)
+    lines = out.split("test accuracy per class")[1].splitlines()[1:4]
+    accuracy = sum(float(line.split()[1]) * count for line, count in zip(lines, (8, 7, 6), strict=True)) / 21
+    assert accuracy == pytest.approx(history(tmp_path / "runs/my_net")[-1][5], abs=1e-4)
+
+
 def test_what_is_tested_is_what_is_saved_with_batch_normalization_too(tmp_path, folder):
     text = (ROOT / LENET).read_text().replace("F.relu(self.fc2(x))", "self.norm(F.relu(self.fc2(x)))")
     text = text.replace("        self.fc3 =", "        self.norm = nn.BatchNorm1d(84)\n        self.fc3 =")
