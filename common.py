@@ -1,5 +1,4 @@
-"""What all recipes share, in the order in which data passes through a run; for training, start with `fit`.
-`python common.py unpack data images/` writes CIFAR-10 as images/train/<class>/*.png and images/test/."""
+"""What all recipes share, in the order in which data passes through a run; for training, start with `fit`."""
 
 import argparse
 import contextlib
@@ -54,7 +53,8 @@ LEAST = dict(epochs=1, batch_size=1, lr=1e-30, seed=0, limit_batches=1, holdout=
 COLUMNS = ["epoch", "lr", "train_loss", "train_accuracy", "test_loss", "test_accuracy"]  # of history.csv
 COLUMNS += ["train_seconds", "test_seconds", "images_per_second"]
 SUFFIXES = (".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm")
-SUFFIXES += (".tif", ".tiff", ".webp")
+SUFFIXES += (".tif", ".tiff", ".webp", ".jfif", ".jpe")
+RUN_FILE = r"(last|best|epoch_\d+)\.pt|(history|loss)\.csv|(samples|curves|confusion|mistakes)\.png|events.*"
 HAS_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
 IN_MEMORY = 2**31 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # bytes; a larger data set is streamed
 CIFAR10_MIRRORS = (  # byte-identical copies, to try before its slow home
@@ -120,7 +120,7 @@ class RecipeParser(ArgumentParser):
 
     def __init__(self, file: str, description: str, tuned: dict, smallest: int = 1, **defaults: object):
         self.file, self.tuned, self.least = Path(file), tuned, {**LEAST, "size": smallest}
-        usage = re.sub(r"python \S+\.py", f"python {self.file.name}", description)  # a copy has its own name
+        usage = re.sub(r"python \S+\.py", f"python {self.file.name}", description or "")  # a copy's name
         super().__init__(usage, prog=self.file.name)
         add_training_flags(self)
         self.set_defaults(out=f"runs/{self.file.stem}", **defaults)
@@ -270,8 +270,7 @@ def decode(file: str | Path) -> np.ndarray | None:
         return None
     if rgba is not None and rgba.shape[2:] == (4,) and rgba.dtype.kind == "u":
         rgba = cv2.convertScaleAbs(rgba, alpha=255 / np.iinfo(rgba.dtype).max)
-        alpha = cv2.merge([rgba[..., 3]] * 3)
-        image = 255 - cv2.multiply(255 - rgba[..., 2::-1], alpha, scale=1 / 255)
+        image = 255 - cv2.multiply(255 - rgba[..., 2::-1], cv2.merge([rgba[..., 3]] * 3), scale=1 / 255)
     return image
 
 
@@ -391,7 +390,7 @@ def list_images(root: Path, name: str) -> list[tuple[Path, str]]:
             except (ValueError, csv.Error) as error:
                 raise UserError(f"{table.name}, line {rows.line_num}: no file,label: {error}") from None
     else:
-        folder = root / name if (root / name).is_dir() or name == "train" else root / "val"
+        folder = root / name if name == "train" or any(root.glob(f"{name}/*/*")) else root / "val"
         pairs = [(file, path.name) for path in sorted(folder.glob("[!.]*")) for file in find_images(path)]
     if not pairs:
         raise UserError(f"no images in {root / name}/<class>/ or {name}.csv: add some (no test: --holdout N)")
@@ -442,6 +441,7 @@ def read_torchvision(name: str, part: str, args: Namespace, spec: Spec) -> list[
     labels = np.asarray(labels[0] if labels else [label for _, label in data]).tolist()
     as_arrays = hasattr(data, "data") and len(data.data[0]) != 3  # some have (3, H, W) for an image
     images = np.asarray(data.data) if as_arrays else [(data, i) for i in range(len(data))]
+    images = images.swapaxes(1, 2) if name == "EMNIST" else images  # torchvision has them lying
     classes = getattr(data, "classes", range(max(labels) + 1))
     spec.classes = [str(label).split(" - ")[0] for label in classes]  # MNIST's are "0 - zero"
     return list(zip(images, labels, strict=True))
@@ -455,7 +455,7 @@ def open_or_download(dataset: type, options: dict, args: Namespace) -> torch.uti
     for root in (folder, folder.parent) if own else (folder,):  # the data set's own folder may be named
         with contextlib.suppress(*problems):
             return dataset(root, **options)
-    loose = any(file.suffix.lower() in SUFFIXES for file in folder.glob("*/*"))
+    loose = any(f.suffix.lower() in SUFFIXES for depth in ("*/*", "*/*/*") for f in folder.glob(depth))
     if args.data != "data" and not args.download and (loose or not folder.is_dir()):
         raise UserError(f"no folder {folder} with train/<class>/ or a data set: name one, or add --download")
     print(f"{name} is not in {folder}, or not whole: downloading it", flush=True)
@@ -542,7 +542,7 @@ def load_batches(dataset: ImageDataset, batches: Iterable[Tensor], args: Namespa
     normalize = dataset.normalize.to(args.device)
     for indices in batches:
         indices = indices.tensor_split(get_world_size())[get_rank()]  # all of them, in one process
-        images, labels = (value.to(args.device, non_blocking=True) for value in dataset.load(indices))
+        images, labels = (value.to(args.device) for value in dataset.load(indices))
         if dataset.augment and len(indices):  # with more processes than images, some have none
             images = dataset.augment(images)
         yield indices, normalize(images), labels
@@ -699,10 +699,10 @@ def open_run(run: dict, args: Namespace) -> None:
             args.lock = open(out / "lock", "a+")  # noqa: SIM115
             fcntl.flock(args.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlocked when this process ends
         (out / "lock").write_text(str(os.getpid()))
-        if not run["history"] and any(out.glob("*.pt")):
+        if not run["history"] and any((out / name).exists() for name in ("last.pt", "best.pt")):
             aside = next(path for n in range(1, 10**6) if not (path := Path(f"{out}-{n}")).exists())
             aside.mkdir()
-            for file in {*out.iterdir()} - {out / "lock"}:
+            for file in [file for file in out.iterdir() if re.fullmatch(RUN_FILE, file.name)]:
                 file.rename(aside / file.name)
             print(f"{out} had an earlier run, which is in {aside} now")
     except BlockingIOError:

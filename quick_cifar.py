@@ -53,7 +53,7 @@ def log_images(writer, epoch, model, dataset, device):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it traces with what PyTorch calls deprecated
             writer.add_graph(model, x)
-    for number, layer in enumerate(model.features):
+    for number, layer in enumerate(getattr(model, "features", ())):  # of another network
         for when, maps in (("before", x), ("after", x := layer(x))):  # (1, C, H, W)
             grid = make_grid(maps[0][:, None], normalize=True, scale_each=True)
             writer.add_image(f"layer {number} {type(layer).__name__}/{when}", grid, epoch)

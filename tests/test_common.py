@@ -229,6 +229,9 @@ def test_files_are_resized_to_size_whatever_they_are(tmp_path):
             cv2.imwrite(
                 str(tmp_path / part / kind / "x.png"), np.full((48 + i, 40, 3 - 2 * (i == 1)), 99, np.uint8)
             )
+    (tmp_path / "train/1/x.png").rename(tmp_path / "train/1/x.JFIF")  # as browsers save a JPEG
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test/1.png").touch()  # without labels, as on Kaggle: val/ is taken
     train, test = common.load_data(flags(data=tmp_path, size=24), "CIFAR10")
     assert train.spec.classes == ["1", "10", "2"]  # in the order of torchvision's ImageFolder
     assert train.images.shape == test.images.shape == (3, 24, 24, 3)
@@ -571,7 +574,8 @@ def test_no_mirror_and_a_folder_that_is_not_there_are_errors(tmp_path, monkeypat
         common.load_data(flags(data=tmp_path / "new", download=True), "CIFAR10")
     (tmp_path / "loose/cat").mkdir(parents=True)
     cv2.imwrite(str(tmp_path / "loose/cat/x.png"), np.zeros((9, 9), np.uint8))
-    for name in ("mistyped", "loose", "cifar10"):
+    shutil.copytree(tmp_path / "loose", tmp_path / "kaggle/Training")
+    for name in ("mistyped", "loose", "kaggle", "cifar10"):
         with pytest.raises(common.UserError, match=rf"no folder .*{name} with train/<class>/.*--download"):
             common.load_data(flags(data=tmp_path / name), "CIFAR10")
 
@@ -658,6 +662,10 @@ def test_other_data_sets_of_torchvision_need_one_changed_word(
         expected = np.asarray(kind(tmp_path, split="train")[1][0].resize((32, 32)), np.float32)
         found = train[1][0].permute(1, 2, 0).numpy()
         assert np.abs(expected - found).mean() < 30  # another interpolation, but the same image
+    if name == "EMNIST":  # upright, which torchvision's are not
+        expected = np.asarray(kind(tmp_path, split="balanced")[1][0]).T
+        train, _ = common.load_data(flags(data=tmp_path, size=28), name)
+        assert np.array_equal(train[1][0][0], expected)
     if name == "EuroSAT":
         with pytest.raises(common.UserError, match="no test set: add --holdout N"):
             common.load_data(flags(data=tmp_path), name)

@@ -274,6 +274,10 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(tmp_pat
 
 def test_an_earlier_run_is_moved_aside_once_the_data_are_read(tmp_path, folder):
     args = ["--data", folder, "--epochs", 1]
+    others = [tmp_path / "runs/lenet_cifar" / name for name in ("notes.txt", "other/last.pt")]
+    others[1].parent.mkdir(parents=True)
+    for file in others:  # no part of a run
+        file.touch()
     for out in ("", "lenet_cifar-1", "lenet_cifar-2"):
         text, _ = run(SCRIPT, *args, "--save-every", 1, cwd=tmp_path)
         assert (f"which is in runs/{out} now" in text) == bool(out)
@@ -281,6 +285,7 @@ def test_an_earlier_run_is_moved_aside_once_the_data_are_read(tmp_path, folder):
     run(SCRIPT, "--resume", "--epochs", 2, cwd=tmp_path)
     runs = tmp_path / "runs"
     assert sorted(path.name for path in runs.iterdir()) == ["lenet_cifar", "lenet_cifar-1", "lenet_cifar-2"]
+    assert all(file.exists() for file in others)
     assert [len(load(runs / name / "last.pt")["history"]) for name in ("lenet_cifar", "lenet_cifar-1")] == [
         2,
         1,

@@ -8,7 +8,7 @@ import quick_cifar
 
 import pytest
 import torch
-from conftest import one_error_line, run
+from conftest import ROOT, one_error_line, run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 
@@ -30,6 +30,17 @@ def test_one_batch_of_drawn_digits_leaves_a_run_that_tensorboard_shows(tmp_path)
     layers = {tag for tag in tags["images"] if tag.startswith("layer")}
     assert len(layers) == 12 and "layer 0 Conv2d/before" in layers and "layer 5 MaxPool2d/after" in layers
     assert "samples" in tags["images"]
+
+
+def test_a_copy_with_another_network_and_no_docstring_is_logged_too(tmp_path, folder):
+    text = (ROOT / "quick_cifar.py").read_text().split('"""', 2)[2]
+    network = "nn.Sequential(nn.Flatten(), nn.Linear(3 * spec.size**2, len(spec.classes)))"
+    text = text.replace("Quick(spec.channels, spec.size, len(spec.classes), args.activation)", network)
+    (tmp_path / "my_net.py").write_text(text)
+    run(tmp_path / "my_net.py", "--data", folder, "--epochs", 2, cwd=tmp_path)
+    log = EventAccumulator(str(tmp_path / "runs/my_net"))
+    log.Reload()
+    assert log.Tags()["graph"] and len(log.Scalars("test/loss")) == 2
 
 
 def test_no_tensorboard_and_an_activation_can_be_asked_for_and_predicted_with(tmp_path, folder):
