@@ -49,7 +49,7 @@ with contextlib.suppress(AttributeError, OSError, TypeError):  # glibc: to keep 
 RECIPES = ("lenet_cifar", "quick_cifar", "mnist_cnn", "vgg_transfer")
 FORMAT = "pytorch-image-recipes/3"  # of checkpoints; the number goes up when their layout changes
 FREE = ["data", "epochs", "device", "compile", "save_every", "tensorboard", "quiet", "download", "skip_bad"]
-LEAST = dict(epochs=1, batch_size=1, lr=1e-30, seed=0, limit_batches=1, holdout=0, save_every=0)  # of flags
+MINIMUM = dict(epochs=1, batch_size=1, lr=1e-30, seed=0, limit_batches=1, holdout=0, save_every=0)  # of flags
 COLUMNS = ["epoch", "lr", "train_loss", "train_accuracy", "test_loss", "test_accuracy"]  # of history.csv
 COLUMNS += ["train_seconds", "test_seconds", "images_per_second"]
 SUFFIXES = (".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm")
@@ -116,10 +116,10 @@ class ArgumentParser(argparse.ArgumentParser):
 
 class RecipeParser(ArgumentParser):
     """The flags of all training scripts; with `--resume`, their defaults are the settings of the saved run.
-    tuned: what `--tuned` sets, {flag: value}; smallest: the least `--size`; defaults: the source's."""
+    tuned: what `--tuned` sets, {flag: value}; min_size: the least `--size`; defaults: the source's."""
 
-    def __init__(self, file: str, description: str, tuned: dict, smallest: int = 1, **defaults: object):
-        self.file, self.tuned, self.least = Path(file), tuned, {**LEAST, "size": smallest}
+    def __init__(self, file: str, description: str, tuned: dict, min_size: int = 1, **defaults: object):
+        self.file, self.tuned, self.minimum = Path(file), tuned, {**MINIMUM, "size": min_size}
         usage = re.sub(r"python \S+\.py", f"python {self.file.name}", description or "")  # a copy's name
         super().__init__(usage, prog=self.file.name)
         add_training_flags(self)
@@ -136,11 +136,11 @@ class RecipeParser(ArgumentParser):
             self.set_defaults(**{**checkpoint["settings"], "out": args.out, "resume": args.resume})
         args = super().parse_args(argv)
         settings = {name: value for name, value in vars(args).items() if name not in ("out", "resume")}
-        for name, least in self.least.items():
-            value, most = getattr(args, name), 1e38 if name == "lr" else 2**31 - 1
+        for name, low in self.minimum.items():
+            value, high = getattr(args, name), 1e38 if name == "lr" else 2**31 - 1
             optional = value is None and name in ("limit_batches", "size")
-            if not optional and not (isinstance(value, (int, type(least))) and least <= value <= most):
-                raise UserError(f"--{name.replace('_', '-')} {value} is not from {least} to {most}")
+            if not optional and not (isinstance(value, (int, type(low))) and low <= value <= high):
+                raise UserError(f"--{name.replace('_', '-')} {value} is not from {low} to {high}")
         args.device, args.evaluated_on = pick_device(args.device), "validation" if args.holdout else "test"
         amx = torch.cpu.get_capabilities().get("amx_bf16", False)
         fast = torch.cuda.is_bf16_supported(False) if args.device.type == "cuda" else amx
@@ -228,7 +228,7 @@ def all_reduce(tensor: Tensor) -> Tensor:
 def parallelize(model: nn.Module, args: Namespace) -> nn.Module:
     """The model as `fit` trains it: as it is, or compiled, or one of several processes."""
 
-    def weigh_gradients(module, inputs, logits):  # DDP takes their mean, but parts of a batch can differ
+    def scale_gradients(module, inputs, logits):  # DDP takes their mean, but parts of a batch can differ
         images = torch.tensor(float(len(logits)), device=logits.device)
         share = images * get_world_size() / all_reduce(images.clone())
         logits.register_hook(lambda gradients: gradients * share)
@@ -237,7 +237,7 @@ def parallelize(model: nn.Module, args: Namespace) -> nn.Module:
         model = torch.compile(model)
     if get_world_size() > 1:
         model = nn.parallel.DistributedDataParallel(model)
-        model.register_forward_hook(weigh_gradients)
+        model.register_forward_hook(scale_gradients)
     return model
 
 
@@ -280,8 +280,8 @@ def prepare(image: np.ndarray, spec: Spec) -> np.ndarray:
     if spec.crop:
         side = max(1, round(spec.crop * min(height, width)))
         image = image[(height - side) // 2 :, (width - side) // 2 :][:side, :side]
-    how = cv2.INTER_AREA if min(height, width) > spec.size else cv2.INTER_LINEAR  # the mean of all pixels
-    image = cv2.resize(image, (spec.size, spec.size), interpolation=how)
+    mode = cv2.INTER_AREA if min(height, width) > spec.size else cv2.INTER_LINEAR  # the mean of all pixels
+    image = cv2.resize(image, (spec.size, spec.size), interpolation=mode)
     if image.ndim == 2 and spec.channels == 3:
         image = cv2.cvtColor(image, cv2.COLOR_GRAY2RGB)
     elif image.shape[2:] == (3,) and spec.channels == 1:
@@ -386,15 +386,15 @@ def list_images(root: Path, name: str) -> list[tuple[Path, str]]:
         with open(root / f"{name}.csv", encoding="utf-8-sig", newline="") as table:
             rows = csv.reader(table, skipinitialspace=True)
             try:
-                pairs = [(root / file, label) for file, label, *_ in filter(None, rows)][1:]
+                samples = [(root / file, label) for file, label, *_ in filter(None, rows)][1:]
             except (ValueError, csv.Error) as error:
                 raise UserError(f"{table.name}, line {rows.line_num}: no file,label: {error}") from None
     else:
         folder = root / name if name == "train" or any(root.glob(f"{name}/*/*")) else root / "val"
-        pairs = [(file, path.name) for path in sorted(folder.glob("[!.]*")) for file in find_images(path)]
-    if not pairs:
+        samples = [(file, path.name) for path in sorted(folder.glob("[!.]*")) for file in find_images(path)]
+    if not samples:
         raise UserError(f"no images in {root / name}/<class>/ or {name}.csv: add some (no test: --holdout N)")
-    return pairs
+    return samples
 
 
 def number_classes(parts: list[list[tuple]], spec: Spec) -> list[list[tuple]]:
@@ -411,7 +411,7 @@ def number_classes(parts: list[list[tuple]], spec: Spec) -> list[list[tuple]]:
 def draw_digits(part: str, spec: Spec) -> list[tuple[np.ndarray, int]]:
     """(synthetic image of a digit, uint8 (size, size, C), digit) pairs, the same ones every time."""
     spec.classes, count = list("0123456789"), 10_000 if part == "train" else 2_000
-    rng, shape, pairs = np.random.default_rng(count), (spec.size, spec.size, spec.channels), []
+    rng, shape, samples = np.random.default_rng(count), (spec.size, spec.size, spec.channels), []
     for digit in rng.permutation(np.arange(count) % 10).tolist():
         font, thickness = [0, 2, 3, 4, 6, 7][rng.integers(6)], int(rng.integers(2, 6))  # OpenCV's fonts
         canvas = np.zeros((64, 64), np.uint8)
@@ -423,8 +423,8 @@ def draw_digits(part: str, spec: Spec) -> list[tuple[np.ndarray, int]]:
         background, ink = rng.uniform(0, 120, spec.channels), rng.uniform(140, 255, spec.channels)
         noise = rng.uniform(5, 30) * rng.standard_normal(shape, np.float32)
         image = background + (ink - background) * mask + noise
-        pairs.append((image.clip(0, 255).astype(np.uint8), digit))
-    return pairs
+        samples.append((image.clip(0, 255).astype(np.uint8), digit))
+    return samples
 
 
 def read_torchvision(name: str, part: str, args: Namespace, spec: Spec) -> list[tuple]:
@@ -469,18 +469,18 @@ def open_or_download(dataset: type, options: dict, args: Namespace) -> torch.uti
     raise UserError(f"{name} does not download to {folder}, {problem}: remove what is there, or --data drawn")
 
 
-def load_images(pairs: list[tuple], spec: Spec, args: Namespace) -> ImageDataset:
+def load_images(samples: list[tuple], spec: Spec, args: Namespace) -> ImageDataset:
     """An ImageDataset of (source, class index) pairs: decoded now, if it fits into memory."""
-    dataset = ImageDataset(*zip(*pairs, strict=True), spec, args.skip_bad)
-    shape = (len(pairs), spec.size, spec.size, spec.channels)
+    dataset = ImageDataset(*zip(*samples, strict=True), spec, args.skip_bad)
+    shape = (len(samples), spec.size, spec.size, spec.channels)
     if math.prod(shape) > IN_MEMORY:
         return dataset
     images = torch.from_numpy(np.zeros(shape, np.uint8))  # NumPy asks for huge pages
     for batch in progress_bar(dataset.indices.split(1024), "reading", args):
         images[batch] = dataset[batch][0].movedim(1, -1)
-    good = [i for i in range(len(pairs)) if i not in dataset.bad]
+    good = [i for i in range(len(samples)) if i not in dataset.bad]
     if dataset.bad:
-        print(f"{len(dataset.bad)} of {len(pairs)} images are unreadable and left out")
+        print(f"{len(dataset.bad)} of {len(samples)} images are unreadable and left out")
         images = images[good]
     return ImageDataset(images.to(args.device), dataset.labels[good].to(args.device), spec)
 
@@ -586,8 +586,8 @@ def fit(
     """Train up to epoch `args.epochs`, evaluate after each, keep the run folder `args.out`, report. Returns
     the rows of history.csv. loss_fn: logits (B, classes), labels (B,) -> mean loss. augment: uint8 images
     (B, C, H, W) -> such, or floats from 0 to 1; or a v2 transform. If after_epoch(row) is True, it ends."""
-    one_by_one = isinstance(augment, nn.Module) or type(augment).__module__.startswith("torchvision.")
-    train_set.augment = (lambda images: torch.stack([*map(augment, images)])) if one_by_one else augment
+    per_image = isinstance(augment, nn.Module) or type(augment).__module__.startswith("torchvision.")
+    train_set.augment = (lambda images: torch.stack([*map(augment, images)])) if per_image else augment
     model.to(args.device, memory_format=torch.channels_last)  # the layout that convolutions are fastest with
     run = start_or_resume({"model": model, "optimizer": optimizer, "scheduler": scheduler}, train_set, args)
     if is_main_process():

@@ -50,7 +50,7 @@ def build_model(spec, args):
 
 def parser():
     return common.RecipeParser(
-        __file__, __doc__, TUNED, smallest=16, epochs=10, batch_size=128, lr=0.001, size=32
+        __file__, __doc__, TUNED, min_size=16, epochs=10, batch_size=128, lr=0.001, size=32
     )
 
 

@@ -99,7 +99,7 @@ def build_model(spec, args):
 
 def parser():
     parser = common.RecipeParser(
-        __file__, __doc__, TUNED, smallest=20, epochs=10, batch_size=256, lr=0.0002, size=28
+        __file__, __doc__, TUNED, min_size=20, epochs=10, batch_size=256, lr=0.0002, size=28
     )
     add = parser.add_argument_group("network and data set").add_argument
     add("--model", help="the network", choices=["cnn", "lenet5"])

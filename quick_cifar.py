@@ -61,7 +61,7 @@ def log_images(writer, epoch, model, dataset, device):
 
 def parser():
     parser = common.RecipeParser(
-        __file__, __doc__, TUNED, smallest=8, epochs=10, batch_size=64, lr=0.01, size=32
+        __file__, __doc__, TUNED, min_size=8, epochs=10, batch_size=64, lr=0.01, size=32
     )
     add = parser.add_argument_group("network").add_argument
     add("--activation", help="after each pooling", choices=["none", *ACTIVATIONS])

@@ -88,7 +88,7 @@ def build_model(spec, args):
 
 
 def parser():
-    parser = common.RecipeParser(__file__, __doc__, TUNED, smallest=32, epochs=10, batch_size=64, lr=0.001)
+    parser = common.RecipeParser(__file__, __doc__, TUNED, min_size=32, epochs=10, batch_size=64, lr=0.001)
     add = parser.add_argument_group("transfer").add_argument
     add("--weights", default="imagenet", help="imagenet, none, or a checkpoint or state_dict", metavar="NAME")
     add("--head", default="replace", help="instead of or after the last layer", choices=["replace", "add"])
