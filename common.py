@@ -820,7 +820,7 @@ def describe_run(model: nn.Module, train_set: ImageDataset, test_set: ImageDatas
     print(f"{args.recipe.stem} on {on}: {count:,} parameters, {len(spec.classes)} classes")
     print(f"input {spec.channels}x{spec.size}x{spec.size}, {len(train_set):,} + {len(test_set):,} images")
     if HAS_MATPLOTLIB and is_main_process():
-        images, labels = train_set[torch.randperm(len(train_set))[:8]]
+        images, labels = train_set[torch.randperm(len(train_set))[torch.arange(8) % len(train_set)]]
         augmented = train_set.augment(images) if train_set.augment else images
         titles = [spec.classes[label] for label in labels.tolist()] + [""] * len(labels)
         figure = draw_grid([*images.cpu(), *augmented.cpu()], titles, "Training images; below, augmented")
@@ -856,9 +856,9 @@ def draw_grid(images: Sequence[Tensor], titles: list[str], heading: str, marked:
     figure = Figure(figsize=(9.6, 1.7 * rows + 0.5), layout="constrained", dpi=110)
     figure.suptitle(heading)
     for i, (image, title) in enumerate(zip(images, titles, strict=True)):
-        axes = figure.add_subplot(rows, 8, i + 1)
-        axes.set_axis_off()
-        axes.imshow(image.movedim(0, -1), cmap="gray", vmin=0, vmax=255 if image.dtype == torch.uint8 else 1)
+        axes = figure.add_subplot(rows, 8, i + 1, frame_on=False, xticks=[], yticks=[])
+        pixels = image.movedim(0, -1).numpy()
+        axes.imshow(pixels, cmap="gray", vmin=0, vmax=255 if pixels.dtype == np.uint8 else 1)
         text = "\n".join(printable(line)[:15] for line in title.split("\n"))
         axes.set_title(text, size=8, color="red" if i in marked else "black", parse_math=False)
     return figure
