@@ -781,9 +781,10 @@ def load_checkpoint(path: str | Path, any_format: bool = False) -> dict:
     executed. Raises UserError where it is damaged, has code in it, or another format."""
     size = Path(path).stat().st_size
     try:
-        with zipfile.ZipFile(path) as file:
-            if sum(part.file_size for part in file.infolist()) > size or file.testzip():  # by checksums
-                raise ValueError
+        if zipfile.is_zipfile(path) or not any_format:  # PyTorch before 1.6 wrote no zip files
+            with zipfile.ZipFile(path) as file:
+                if sum(part.file_size for part in file.infolist()) > size or file.testzip():  # by checksums
+                    raise ValueError
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if any_format and not (isinstance(checkpoint, dict) and "format" in checkpoint):
             return checkpoint
@@ -869,15 +870,14 @@ def draw_results(run: dict, predictions: tuple | None, test_set: ImageDataset, a
     if not (HAS_MATPLOTLIB and is_main_process() and predictions and run["history"]):
         return
     Figure = importlib.import_module("matplotlib.figure").Figure
-    history, losses, names = run["history"], run["losses"], [printable(x)[:15] for x in test_set.spec.classes]
+    rows, losses, names = run["history"], run["losses"], [printable(x)[:15] for x in test_set.spec.classes]
     labels, predicted, probability, mistakes = predictions
-    figure, steps = Figure(figsize=(9, 3.6), layout="constrained", dpi=110), losses[-1][0] / len(history)
+    figure, steps = Figure(figsize=(9, 3.6), layout="constrained", dpi=110), losses[-1][0] / len(rows)
     left, right = figure.subplots(1, 2)
     left.plot([step / steps for step, _ in losses], [loss for _, loss in losses], "0.75", label="training")
     for axes, what in (left, "loss"), (right, "accuracy"):
         for part, label in ("train", "training, mean of epoch"), ("test", args.evaluated_on):
-            values = [row[f"{part}_{what}"] for row in history]
-            axes.plot(range(1, len(history) + 1), values, ".-", label=label)
+            axes.plot(range(1, len(rows) + 1), [row[f"{part}_{what}"] for row in rows], ".-", label=label)
         axes.set(xlabel="epoch", ylabel=what, xlim=0)
         axes.legend()
     figure.savefig(Path(args.out, "curves.png"))

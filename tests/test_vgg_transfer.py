@@ -221,9 +221,10 @@ def test_grey_photos_become_what_colour_weights_expect(tmp_path):
     run(SCRIPT, *args, "--weights", "none", "--out", "a", cwd=tmp_path, before=first_blocks)
     run(SCRIPT, *args, "--weights", "a/best.pt", "--freeze", "--out", "b", cwd=tmp_path, before=first_blocks)
     plain = common.load_checkpoint(tmp_path / "a/best.pt")["model"]
-    torch.save(plain, tmp_path / "plain.pt")  # a state_dict that comes with ImageNet's mean and std
-    run(SCRIPT, *args, "--weights", "plain.pt", "--out", "c", cwd=tmp_path, before=first_blocks)
-    for out in "abc":
+    for out, zipped in ("c", True), ("d", False):  # not: as PyTorch wrote before 1.6, torchvision's VGG16 too
+        torch.save(plain, tmp_path / "plain.pt", _use_new_zipfile_serialization=zipped)
+        run(SCRIPT, *args, "--weights", "plain.pt", "--out", out, cwd=tmp_path, before=first_blocks)
+    for out in "abcd":
         assert common.load_checkpoint(tmp_path / out / "last.pt")["spec"]["channels"] == 3
         run("predict.py", f"{out}/best.pt", "grey/test/a/1.png", cwd=tmp_path, before=first_blocks)
 
