@@ -381,7 +381,7 @@ def find_images(folder: Path) -> list[Path]:
 
 
 def list_images(root: Path, name: str) -> list[tuple[Path, str]]:
-    """(file, label) pairs of ROOT/NAME.csv, if there is a train.csv, else of ROOT/NAME/<class>/, or val/."""
+    """(file, label) pairs of ROOT/NAME.csv, where it and train.csv are, or of NAME/<class>/, or of val/."""
     if all((root / f"{part}.csv").is_file() for part in ("train", name)):
         with open(root / f"{name}.csv", encoding="utf-8-sig", newline="") as table:
             rows = csv.reader(table, skipinitialspace=True)
@@ -441,7 +441,7 @@ def read_torchvision(name: str, part: str, args: Namespace, spec: Spec) -> list[
     labels = np.asarray(labels[0] if labels else [label for _, label in data]).tolist()
     as_arrays = hasattr(data, "data") and len(data.data[0]) != 3  # some have (3, H, W) for an image
     images = np.asarray(data.data) if as_arrays else [(data, i) for i in range(len(data))]
-    images = images.swapaxes(1, 2) if name == "EMNIST" else images  # torchvision has them lying
+    images = images.swapaxes(1, 2) if name == "EMNIST" else images  # torchvision's are transposed
     classes = getattr(data, "classes", range(max(labels) + 1))
     spec.classes = [str(label).split(" - ")[0] for label in classes]  # MNIST's are "0 - zero"
     return list(zip(images, labels, strict=True))
@@ -699,7 +699,7 @@ def open_run(run: dict, args: Namespace) -> None:
             args.lock = open(out / "lock", "a+")  # noqa: SIM115
             fcntl.flock(args.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlocked when this process ends
         (out / "lock").write_text(str(os.getpid()))
-        if not run["history"] and any((out / name).exists() for name in ("last.pt", "best.pt")):
+        if not run["history"] and any(re.fullmatch(RUN_FILE, file.name) for file in out.glob("*.pt")):
             aside = next(path for n in range(1, 10**6) if not (path := Path(f"{out}-{n}")).exists())
             aside.mkdir()
             for file in [file for file in out.iterdir() if re.fullmatch(RUN_FILE, file.name)]:

@@ -274,8 +274,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(tmp_pat
 
 def test_an_earlier_run_is_moved_aside_once_the_data_are_read(tmp_path, folder):
     args = ["--data", folder, "--epochs", 1]
-    others = [tmp_path / "runs/lenet_cifar" / name for name in ("notes.txt", "other/last.pt")]
-    others[1].parent.mkdir(parents=True)
+    others = [tmp_path / "runs/lenet_cifar" / name for name in ("notes.txt", "yolo.pt", "other/last.pt")]
+    others[-1].parent.mkdir(parents=True)
     for file in others:  # no part of a run
         file.touch()
     for out in ("", "lenet_cifar-1", "lenet_cifar-2"):
@@ -286,10 +286,15 @@ def test_an_earlier_run_is_moved_aside_once_the_data_are_read(tmp_path, folder):
     runs = tmp_path / "runs"
     assert sorted(path.name for path in runs.iterdir()) == ["lenet_cifar", "lenet_cifar-1", "lenet_cifar-2"]
     assert all(file.exists() for file in others)
+    assert not (runs / "lenet_cifar-1/yolo.pt").exists()
     assert [len(load(runs / name / "last.pt")["history"]) for name in ("lenet_cifar", "lenet_cifar-1")] == [
         2,
         1,
     ]
+    for name in ("last.pt", "best.pt"):
+        (runs / "lenet_cifar" / name).unlink()
+    text, _ = run(SCRIPT, *args, cwd=tmp_path)  # what --save-every kept is an earlier run too
+    assert "which is in runs/lenet_cifar-3 now" in text and (runs / "lenet_cifar-3/epoch_1.pt").exists()
 
 
 def test_a_copy_with_one_changed_class_trains_at_another_size(tmp_path, folder):
