@@ -4,7 +4,7 @@ python lenet_cifar.py                                        # as the source: 10
 python lenet_cifar.py --tuned                                # the same network, trained better
 python lenet_cifar.py --data drawn --tuned --epochs 3        # no download, under a minute
 python lenet_cifar.py --batch-size 4 --lr 0.001 --epochs 2   # small batches, many steps
-python lenet_cifar.py --data my_pictures/                    # train/<class>/*.jpg and test/<class>/*.jpg
+python lenet_cifar.py --data my_pictures/                    # train/<class>/, test/<class>/
 python lenet_cifar.py --resume --epochs 20                   # continue
 
 To train a network of your own: cp lenet_cifar.py my_net.py, and change the class.
@@ -48,14 +48,15 @@ def build_model(spec, args):
     return LeNet(spec.channels, spec.size, len(spec.classes))
 
 
-def parser():
-    return common.RecipeParser(
+def parse_args(argv=None):
+    parser = common.make_parser(
         __file__, __doc__, TUNED, min_size=16, epochs=10, batch_size=128, lr=0.001, size=32
     )
+    return common.parse_args(parser, argv, TUNED)
 
 
 def main(argv=None):
-    args = parser().parse_args(argv)
+    args = parse_args(argv)
     std = 0.25 if args.tuned else 0.5  # the source has pixels from -1 to 1
     train_set, test_set = common.load_data(args, "CIFAR10", mean=0.5, std=std)
 
@@ -67,7 +68,7 @@ def main(argv=None):
     if args.tuned:
         options = {"momentum": 0.9, "nesterov": True, "weight_decay": 0.002, "fused": True}
         optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, **options)
-        # Stepped after every batch; a scheduler of torch.optim is stepped as its documentation says.
+        # Stepped after every batch; other schedulers are stepped as their documentation says.
         scheduler = common.one_cycle(optimizer, train_set, args)
         flip = args.data != "drawn"  # a mirrored dog is a dog, a mirrored digit is none
         augment = partial(common.random_flip_and_crop, padding=1, flip=flip)

@@ -34,7 +34,7 @@ class CNN(nn.Module):
         x = F.relu(self.conv1(x))  # (N, 1, 28, 28) -> (N, 16, 24, 24)
         x = F.relu(self.pool(self.conv2(x)))  # -> (N, 32, 20, 20) -> (N, 32, 10, 10)
         x = F.relu(self.pool(self.conv3(x)))  # -> (N, 64, 6, 6) -> (N, 64, 3, 3)
-        # The source has the batch size in the next line, and fails on the last batch, which is smaller.
+        # The source has the batch size in the next line, and fails on the last, smaller batch.
         x = F.relu(self.fc1(x.flatten(1)))  # -> (N, 576) -> (N, 100)
         return self.fc2(x)  # (N, classes)
 
@@ -60,66 +60,80 @@ class LeNet5(nn.Module):
 
 
 class DarkBackground(nn.Module):
-    """Digits as MNIST's, light on black: for photos of ink on paper, since MNIST's own stay as they are.
+    """Digits as MNIST's, light on black: for photos of ink on paper. MNIST's own stay as they are.
 
-    The background is the median of the border; where it is nearer to the lightest pixel than to the darkest,
-    the image is inverted. Then the background becomes 0 and the lightest pixel 1.
+    The background is the median of the border; where it is nearer to the lightest pixel than to the
+    darkest, the image is inverted. Then the background becomes 0 and the lightest pixel 1.
     """
 
     def forward(self, x):  # (N, C, H, W), from 0 to 1
         border = torch.cat([x[:, :, 0], x[:, :, -1], x[..., 0], x[..., -1]], 2).flatten(1)
-        background, pixels = border.median(1).values, x.flatten(1)
-        light = background - pixels.amin(1) > pixels.amax(1) - background
-        x = torch.where(light[:, None, None, None], 1 - x, x)
-        background = torch.where(light, 1 - background, background)[:, None, None, None]
+        middle = (border.shape[1] - 1) // 2
+        background = border.sort(1).values[:, middle].view(-1, 1, 1, 1)  # the median
+        darkest = x.amin((1, 2, 3), keepdim=True)
         lightest = x.amax((1, 2, 3), keepdim=True)
-        stretched = ((x - background) / (lightest - background).clamp(min=1 / 255)).clamp(min=0)
+        is_light = background - darkest > lightest - background
+        x = torch.where(is_light, 1 - x, x)
+        lightest = torch.where(is_light, 1 - darkest, lightest)
+        background = torch.where(is_light, 1 - background, background)
+        contrast = (lightest - background).clamp(min=1 / 255)
+        stretched = ((x - background) / contrast).clamp(min=0)
         return torch.where(background > 0, stretched, x)
 
 
 def random_affine(images, flip):
-    """Data augmentation, each image of a batch (N, C, H, W) by its own draw: random rotation by up to 8
-    degrees, scaling by up to 8 %, translation by up to 1.5 pixels; if `flip`, random horizontal flip."""
-    angle, scale, dx, dy, mirror = torch.rand(5, len(images), device=images.device) * 2 - 1
-    angle, scale = angle * math.radians(8), 1 + 0.08 * scale
+    """Data augmentation, each image of a batch (N, C, H, W) by its own draw: random rotation by up
+    to 8 degrees, scaling by up to 8 %, translation by up to 1.5 pixels; if `flip`, random
+    horizontal flip. Takes uint8, returns floats from 0 to 1."""
+    angle, zoom, dx, dy, side = torch.rand(5, len(images), device=images.device) * 2 - 1
+    angle = angle * math.radians(8)
+    scale = 1 + 0.08 * zoom
+    cos = scale * torch.cos(angle)
+    sin = scale * torch.sin(angle)
     shift = 3 / images.shape[-1]  # 1.5 pixels, where half a side is 1
-    cos, sin = scale * torch.cos(angle), scale * torch.sin(angle)
-    side = torch.where(mirror < 0, -1.0, 1.0) if flip else 1.0
-    rows = torch.stack([side * cos, -sin, shift * dx]), torch.stack([side * sin, cos, shift * dy])
-    affine = torch.stack(rows).permute(2, 0, 1)  # (N, 2, 3)
+    mirror = torch.where(side < 0, -1.0, 1.0) if flip else 1.0
+    first = torch.stack([mirror * cos, -sin, shift * dx], 1)
+    second = torch.stack([mirror * sin, cos, shift * dy], 1)
+    affine = torch.stack([first, second], 1)  # (N, 2, 3)
     grid = F.affine_grid(affine, images.shape, align_corners=False)
-    return F.grid_sample(images / 255, grid, align_corners=False)  # what comes in from outside is 0
+    return F.grid_sample(images / 255, grid, align_corners=False)  # 0 beyond the edges
+
+
+NETWORKS = {"cnn": CNN, "lenet5": LeNet5}
 
 
 def build_model(spec, args):
     """The network for images of this `common.Spec`; predict.py calls it too."""
-    network = (LeNet5 if args.model == "lenet5" else CNN)(spec.channels, spec.size, len(spec.classes))
-    return nn.Sequential(DarkBackground(), network) if args.dataset == "mnist" else network
+    model = NETWORKS[args.model](spec.channels, spec.size, len(spec.classes))
+    if args.dataset == "mnist":
+        model = nn.Sequential(DarkBackground(), model)
+    return model
 
 
-def parser():
-    parser = common.RecipeParser(
+def parse_args(argv=None):
+    parser = common.make_parser(
         __file__, __doc__, TUNED, min_size=20, epochs=10, batch_size=256, lr=0.0002, size=28
     )
     add = parser.add_argument_group("network and data set").add_argument
-    add("--model", help="the network", choices=["cnn", "lenet5"])
-    add("--dataset", help="what a download folder has", choices=["mnist", "fashion"])
-    parser.set_defaults(model="cnn", dataset="mnist")
-    return parser
+    add("--model", default="cnn", choices=NETWORKS, help="the network")
+    add("--dataset", default="mnist", choices=["mnist", "fashion"], help="what is downloaded")
+    return common.parse_args(parser, argv, TUNED)
 
 
 def main(argv=None):
-    args = parser().parse_args(argv)
+    args = parse_args(argv)
     dataset = {"mnist": "MNIST", "fashion": "FashionMNIST"}[args.dataset]
     train_set, test_set = common.load_data(args, dataset, channels=1, mean=0, std=1)
 
     torch.manual_seed(args.seed)
     model = build_model(train_set.spec, args)
-    loss_fn = nn.CrossEntropyLoss(label_smoothing=0.1 if args.tuned else 0.0)
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)  # one call for all parameters
+    loss_fn = nn.CrossEntropyLoss()
+    # fused: one call updates all parameters
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
     scheduler = augment = None
     if args.tuned:
-        # Stepped after every batch; a scheduler of torch.optim is stepped as its documentation says.
+        loss_fn = nn.CrossEntropyLoss(label_smoothing=0.1)
+        # Stepped after every batch; other schedulers are stepped as their documentation says.
         scheduler = common.one_cycle(optimizer, train_set, args)
         augment = partial(random_affine, flip=args.dataset == "fashion")  # a mirrored digit is none
 

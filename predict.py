@@ -6,133 +6,172 @@ python predict.py --recipe my_net.py runs/my_net/best.pt dog.png      # a recipe
 """
 
 import argparse
-import csv
+import glob
 import importlib.util
 import sys
 from pathlib import Path
 
 import common
+import readers
+from readers import UserError, printable
 
 import torch
 
 
 def import_recipe(name, file=None):
-    """The module of a recipe: the script `file`, else the one of this repository that is called `name`. What
-    is imported is never for a checkpoint to decide. Raises UserError where it is no recipe."""
+    """The module of a recipe: the script `file`, else the one of this repository that is called
+    `name`. What is imported is never for a checkpoint to decide. Raises UserError if it is none."""
     if not file and name not in common.RECIPES:
-        raise common.UserError(f"{name} is not in this repository: add --recipe {name}.py, its script")
-    file = Path(file) if file else Path(__file__).with_name(f"{name}.py")
+        raise UserError(f"{name} is not in this repository: add --recipe {name}.py, its script")
+    file = Path(file or Path(__file__).with_name(f"{name}.py"))
     if not file.is_file() or file.suffix != ".py":
-        raise common.UserError(f"no recipe {file}: --recipe takes the Python script that made the checkpoint")
+        raise UserError(f"no recipe {file}: --recipe takes the script that made the checkpoint")
     sys.path.insert(0, str(file.parent.resolve()))  # for what stands beside it
     spec = importlib.util.spec_from_file_location(file.stem, file)
-    module = sys.modules[file.stem] = importlib.util.module_from_spec(spec)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[file.stem] = module
     try:
         spec.loader.exec_module(module)
     except ImportError as error:
-        raise common.UserError(f"{file}: {error}: add its folder to PYTHONPATH") from None
+        raise UserError(f"{file}: {error}: add its folder to PYTHONPATH") from None
     if not hasattr(module, "build_model"):
-        raise common.UserError(f"{file} has no build_model(spec, args), which makes its network")
+        raise UserError(f"{file} has no build_model(spec, args), which makes its network")
     return module
 
 
-def load_model(path, recipe=None, device="cpu"):
-    """A checkpoint's network, for uint8 images (N, C, H, W) -> logits (N, classes), in eval mode, and the
-    `common.Spec` of its images. recipe: the script that made it, where that is not of this repository."""
+def load_model(path, recipe=None, device="cpu", model=None):
+    """A checkpoint's network in eval mode, from uint8 images (N, C, H, W), values from 0 to 255, to
+    logits (N, classes); and the `Spec` of its images.
+
+    recipe: the script that made it, if that is not of this repository; model: the network itself,
+    without a recipe. Raises UserError where it is not the checkpoint's.
+    """
     checkpoint = common.load_checkpoint(path)
-    spec = common.Spec(**checkpoint["spec"])
-    name = checkpoint.get("recipe")
-    module = import_recipe(name, recipe)
+    spec = readers.Spec(**checkpoint["spec"])
+    name = checkpoint["recipe"]
     try:
-        network = module.build_model(spec, argparse.Namespace(**checkpoint["settings"]))
-        network.load_state_dict(checkpoint["model"])
-    except Exception as error:  # settings that it has not, or cannot have, or another network
-        first = str(error).split("\n\t")[:2][-1]  # of all differences
-        raise common.UserError(f"{path} was made by {name}, and not by this --recipe: {first}") from None
-    return torch.nn.Sequential(common.Normalize(spec), network).to(device).eval(), spec
+        if model is None:
+            settings = argparse.Namespace(**checkpoint["settings"])
+            model = import_recipe(name, recipe).build_model(spec, settings)
+        model.load_state_dict(checkpoint["model"])
+    except (AttributeError, KeyError, RuntimeError) as error:
+        reason = printable(str(error))
+        raise UserError(f"{path} was made by {name}, with another network: {reason}") from None
+    return common.Classifier(common.Normalize(spec), model).to(device).eval(), spec
 
 
-def find_files(paths):
-    """The files that are named, and the images below the folders that are."""
-    files = []
-    for path in map(Path, paths):
-        found = common.find_images(path) if path.is_dir() else [path]
-        if not found:
-            raise common.UserError(f"no images in {path}, whose names end in {' '.join(common.SUFFIXES)}")
-        files += found
-    return files
+def find_files(arguments, classes):
+    """(file, label) pairs of files, folders and patterns. The label is the first folder below a
+    folder that has a class's name, or its own name, or that of a file's folder, else None."""
+    pairs = []
+    for argument in arguments:
+        root = Path(argument)
+        files = [root]
+        if root.is_dir():
+            files, left_out = readers.find_images(root)
+            if not files:
+                raise UserError(f"no images in {root}: their names end in .jpg, .png and the like")
+            if left_out:
+                counts = ", ".join(f"{count} {suffix}" for suffix, count in left_out.items())
+                print(f"left out of {root}: {counts}")
+        elif not root.exists():  # a pattern, where the shell does not know them
+            files = sorted(map(Path, glob.glob(argument))) or files
+        for file in files:
+            names = [file.parent.name]
+            if root.is_dir():
+                names = [*file.relative_to(root).parts[:-1], root.name]
+            labels = [readers.nfc(name) for name in names if readers.nfc(name) in classes]
+            label = labels[0] if labels else None
+            pairs.append((file, label))
+    return pairs
 
 
 @torch.inference_mode()
 def classify(model, spec, files, device="cpu"):
-    """Yield (file, uint8 image (C, H, W), probabilities (classes,)) of each file, (file, None, None) where
-    it cannot be read. Reads a batch at a time: memory does not grow with the number of files."""
+    """Yield (file, uint8 image (C, H, W), probabilities (classes,)) of each file; (file, UserError,
+    None) where it cannot be read. Memory does not grow with the number of files."""
     batch_size = min(64, max(1, 2**22 // spec.size**2))
     for start in range(0, len(files), batch_size):
         some = files[start : start + batch_size]
-        images = list(common.read_images(some, spec))
-        images = [None if image is None else torch.from_numpy(image).movedim(-1, 0) for image in images]
-        good = [image for image in images if image is not None]
-        rows = model(torch.stack(good).to(device)).float().softmax(1).cpu() if good else torch.zeros(0)
-        if not rows.isfinite().all():
-            raise common.UserError("the network's outputs are not finite: it was not trained to the end")
-        rows = iter(rows)
+        images = list(readers.read_images(some, spec))
+        good = [torch.from_numpy(one) for one in images if not isinstance(one, UserError)]
+        results = iter(())
+        if good:
+            batch = torch.stack(good).movedim(-1, 1)  # (B, H, W, C) -> (B, C, H, W)
+            rows = model(batch.to(device)).float().softmax(1).cpu()
+            if not rows.isfinite().all():
+                raise UserError("the outputs are not finite: was it trained to the end?")
+            results = zip(batch, rows, strict=True)
         for file, image in zip(some, images, strict=True):
-            yield file, image, None if image is None else next(rows)
+            if isinstance(image, UserError):
+                yield file, image, None
+            else:
+                yield file, *next(results)
 
 
-def parse_args():
-    parser = common.ArgumentParser(__doc__)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="best.pt or last.pt of a run folder")
-    parser.add_argument("images", metavar="IMAGE", nargs="+", help="files, and folders of images")
-    parser.add_argument("--recipe", metavar="FILE", help="the script that made the checkpoint, if your own")
-    parser.add_argument("--top", default=1, help="classes an image", type=int, metavar="N")
-    parser.add_argument("--figure", metavar="FILE", help="draw the images with their classes, a PNG say")
-    parser.add_argument("--csv", metavar="FILE", help="write files, classes, probabilities as a table")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
-    args = parser.parse_args()
-    if args.figure and not common.HAS_MATPLOTLIB:
-        raise common.UserError("--figure needs a package: pip install matplotlib")
-    if args.figure and Path(args.figure).suffix.lower() not in (".png", ".jpg", ".pdf", ".svg"):
-        raise common.UserError(f"--figure {args.figure}: end its name in .png, .jpg, .pdf or .svg")
-    if args.top < 1:
-        raise common.UserError(f"--top {args.top} is less than 1")
+def parse_args(argv):
+    parser = common.ArgumentParser(description=__doc__, formatter_class=common.HelpFormatter)
+    add = parser.add_argument
+    add("checkpoint", metavar="CHECKPOINT", help="best.pt or last.pt of a run folder")
+    add("images", metavar="IMAGE", nargs="+", help="files, folders of images, patterns")
+    add("--recipe", help="the script that made the checkpoint, if it is your own")
+    add("--top", default=1, type=common.between(1, 10_000), help="classes an image")
+    add("--figure", help="a file, in which images are drawn with their classes: .png, say")
+    add("--csv", help="a file, for a table of files, classes, probabilities")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
+    args = parser.parse_args(argv)
+    if args.figure and not common.import_figures():
+        raise UserError("--figure needs a package: pip install matplotlib")
+    if args.figure and Path(args.figure).suffix not in (".png", ".jpg", ".pdf", ".svg"):
+        raise UserError(f"--figure {args.figure}: end its name in .png, .jpg, .pdf or .svg")
     return args
 
 
-def main():
-    args = parse_args()
+def main(argv=None):
+    args = parse_args(argv)
     device = common.pick_device(args.device)
     model, spec = load_model(args.checkpoint, args.recipe, device)
-    table, drawn, marked = [["file", "rank", "class", "probability"]], [], []
-    unreadable = known = right = 0
-    for file, image, probabilities in classify(model, spec, find_files(args.images), device):
-        if image is None:
-            why = "no image, or a damaged one" if file.is_file() else "no such file"
-            print(f"predict.py: error: cannot read {common.printable(str(file))}: {why}", file=sys.stderr)
+    pairs = find_files(args.images, spec.classes)
+    files = [file for file, _ in pairs]
+    table = []
+    drawn = []
+    red = []  # indices of the wrong ones among them
+    right = []
+    unreadable = 0
+    results = classify(model, spec, files, device)
+    for (file, label), (_, image, probabilities) in zip(pairs, results, strict=True):
+        if isinstance(image, UserError):
+            print(f"predict.py: error: {image}", file=sys.stderr)
             unreadable += 1
             continue
         values, indices = probabilities.topk(min(args.top, len(spec.classes)))
-        best = [(spec.classes[i], value) for i, value in zip(indices.tolist(), values.tolist(), strict=True)]
-        line = ", ".join(f"{name} {value:.4f}" for name, value in best)
-        print(common.printable(f"{file}: {line}"))
-        table += [[str(file), rank, name, f"{value:.6f}"] for rank, (name, value) in enumerate(best, 1)]
-        if file.parent.name in spec.classes:  # a folder that is named as a class says what is right
-            known += 1
-            right += best[0][0] == file.parent.name
-            marked += [len(drawn)] * (best[0][0] != file.parent.name)
+        names = [spec.classes[i] for i in indices]
+        best = [f"{name} {value:.4f}" for name, value in zip(names, values, strict=True)]
+        print(f"{file}: {', '.join(best)}")
+        for rank, (name, value) in enumerate(zip(names, values, strict=True), 1):
+            table.append((file, rank, name, f"{value:.6f}"))
+        if label:
+            right.append(names[0] == label)
         if len(drawn) < 64:  # more would not be legible
-            drawn.append((image, f"{file.name}\n{best[0][0]} {best[0][1]:.2f}"))
-    if known:
-        print(f"{right} of {known} right, {right / known:.4f}, by the names of their folders")
+            if label not in (None, names[0]):
+                red.append(len(drawn))
+            drawn.append((image, f"{file.name}\n{names[0]} {values[0]:.2f}"))
+    if right:
+        print_accuracy(right, len(files) - unreadable - len(right))
     if args.csv:
-        with open(args.csv, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-            csv.writer(file).writerows(table)
+        common.write_table(args.csv, ("file", "rank", "class", "probability"), table)
     if args.figure and drawn:
         images, titles = zip(*drawn, strict=True)
+        figures = common.import_figures()
         heading = "What the network sees, its class and the probability; in red what is wrong"
-        common.draw_grid(torch.stack(images), titles, heading, marked).savefig(args.figure)
+        figures.save(figures.draw_grid(images, titles, heading, red), args.figure)
     sys.exit(2 if unreadable else 0)
+
+
+def print_accuracy(right, others):
+    print(f"{sum(right)} of {len(right)} right, {sum(right) / len(right):.4f}, by their folders")
+    if others:
+        print(f"{others} images are in no folder with a class's name")
 
 
 if __name__ == "__main__":

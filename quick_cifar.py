@@ -1,9 +1,9 @@
 """CIFAR-quick on CIFAR-10, watched in TensorBoard: what a network sees, layer by layer.
 
 python quick_cifar.py                                   # as the source: 10 epochs, then:
-tensorboard --logdir runs                               # scalars, graph and images on http://localhost:6006
+tensorboard --logdir runs                               # losses, graph, images: http://localhost:6006
 python quick_cifar.py --tuned                           # the same network, trained better
-python quick_cifar.py --activation relu                 # with activation functions, which the source has not
+python quick_cifar.py --activation relu                 # which the source has not
 python quick_cifar.py --data drawn --tuned --epochs 3   # no download
 """
 
@@ -45,54 +45,63 @@ def build_model(spec, args):
 
 @torch.no_grad()
 def log_images(writer, epoch, model, dataset, device):
-    """Show TensorBoard the graph, and the way of an image through the layers."""
+    """Show TensorBoard some images, the graph, and an image's way through the layers."""
     from torchvision.utils import make_grid  # here, since to import it takes seconds
 
-    x = dataset.normalize(dataset[:1][0].to(device))
+    images, _ = dataset[:8]
+    x = dataset.normalize(images[:1].to(device))
     if epoch == 1:
+        writer.add_images("images", images.cpu())
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it traces with what PyTorch calls deprecated
             writer.add_graph(model, x)
-    for number, layer in enumerate(getattr(model, "features", ())):  # of another network
-        for when, maps in (("before", x), ("after", x := layer(x))):  # (1, C, H, W)
+    for number, layer in enumerate(getattr(model, "features", ())):  # none in another network
+        name = f"layer {number} {type(layer).__name__}"
+        for when, maps in (("before", x), ("after", layer(x))):  # (1, C, H, W)
             grid = make_grid(maps[0][:, None], normalize=True, scale_each=True)
-            writer.add_image(f"layer {number} {type(layer).__name__}/{when}", grid, epoch)
+            writer.add_image(f"{name}/{when}", grid, epoch)
+        x = layer(x)
 
 
-def parser():
-    parser = common.RecipeParser(
+def parse_args(argv=None):
+    parser = common.make_parser(
         __file__, __doc__, TUNED, min_size=8, epochs=10, batch_size=64, lr=0.01, size=32
     )
     add = parser.add_argument_group("network").add_argument
-    add("--activation", help="after each pooling", choices=["none", *ACTIVATIONS])
-    here = importlib.util.find_spec("tensorboard") is not None
-    parser.set_defaults(activation="none", tensorboard=here, save_every=1)
-    return parser
+    add("--activation", default="none", help="after each pooling", choices=["none", *ACTIVATIONS])
+    parser.set_defaults(save_every=1)
+    parser.set_defaults(tensorboard=importlib.util.find_spec("tensorboard") is not None)
+    return common.parse_args(parser, argv, TUNED)
 
 
 def main(argv=None):
-    args = parser().parse_args(argv)
-    mean, std = (0.5, 0.25) if args.tuned else (0, 1)  # the source has pixels from 0 to 1
+    args = parse_args(argv)
+    mean, std = 0, 1  # the source has pixels from 0 to 1
+    if args.tuned:
+        mean, std = 0.5, 0.25
     train_set, test_set = common.load_data(args, "CIFAR10", mean=mean, std=std)
 
     torch.manual_seed(args.seed)
     model = build_model(train_set.spec, args)
-    loss_fn = nn.CrossEntropyLoss(label_smoothing=0.1 if args.tuned else 0.0)
+    loss_fn = nn.CrossEntropyLoss()
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr)
     scheduler = augment = None
     if args.tuned:
+        loss_fn = nn.CrossEntropyLoss(label_smoothing=0.1)
         options = {"momentum": 0.95, "nesterov": True, "weight_decay": 0.0005}
         optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, **options)
-        # Stepped after every batch; a scheduler of torch.optim is stepped as its documentation says.
+        # Stepped after every batch; other schedulers are stepped as their documentation says.
         scheduler = common.one_cycle(optimizer, train_set, args)
         flip = args.data != "drawn"  # a mirrored dog is a dog, a mirrored digit is none
         augment = partial(common.random_flip_and_crop, padding=2, flip=flip)
 
-    def after_epoch(row):
-        if args.writer:
-            log_images(args.writer, row["epoch"], model, test_set, args.device)
+    def after_epoch(run):
+        if run.writer:
+            log_images(run.writer, run.history[-1]["epoch"], model, test_set, args.device)
 
-    return common.fit(model, train_set, test_set, loss_fn, optimizer, args, scheduler, augment, after_epoch)
+    return common.fit(
+        model, train_set, test_set, loss_fn, optimizer, args, scheduler, augment, after_epoch
+    )
 
 
 if __name__ == "__main__":

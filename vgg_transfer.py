@@ -1,12 +1,12 @@
 """VGG16 with what it learnt from ImageNet's 1.2 million photos, made to tell other classes apart.
 
 python vgg_transfer.py --data my_photos/ --freeze      # train a new last layer alone: start here
-python vgg_transfer.py --data my_photos/               # train all of it; photos are 224x224 without --size
-python vgg_transfer.py --weights runs/a/best.pt        # from a VGG16 of your own to other classes
+python vgg_transfer.py --data my_photos/               # train all of it; photos are 224x224
+python vgg_transfer.py --weights runs/a/best.pt        # from a VGG16 of your own
 python vgg_transfer.py --weights none --data drawn     # no download: from random parameters
 """
 
-import copy
+import re
 from functools import partial
 from pathlib import Path
 
@@ -16,70 +16,122 @@ import torch
 import torchvision
 from torch import nn
 
-IMAGENET = torchvision.models.VGG16_Weights.IMAGENET1K_V1  # its parameters, and the images they expect
+IMAGENET = torchvision.models.VGG16_Weights.IMAGENET1K_V1  # and what its images are like
 TUNED = dict(batch_size=64, lr=0.01)
 
 
 class VGG(nn.Module):
-    """torchvision's VGG16 with a new head, which takes the place of its last layer or is added behind it."""
+    """torchvision's VGG16 with a new head, in the place of its last layer or behind it."""
 
     def __init__(self, classes, head="replace", freeze=False):
         super().__init__()
         vgg = torchvision.models.vgg16()
-        self.features, self.avgpool, last = vgg.features, vgg.avgpool, vgg.classifier[-1]  # 4096 -> 1000
-        self.classifier = vgg.classifier[:-1] if head == "replace" else vgg.classifier
+        last = vgg.classifier[-1]  # 4096 -> 1000
+        self.features = vgg.features
+        self.avgpool = vgg.avgpool
+        self.classifier = vgg.classifier
+        width = last.out_features
+        if head == "replace":
+            self.classifier = vgg.classifier[:-1]
+            width = last.in_features
         self.requires_grad_(not freeze)
-        self.head = nn.Linear(last.in_features if head == "replace" else last.out_features, classes)
+        self.head = nn.Linear(width, classes)
 
     def backbone(self, x):
         x = self.avgpool(self.features(x))  # (N, 3, 224, 224) -> (N, 512, 7, 7), whatever the size
         return self.classifier(x.flatten(1))  # -> (N, 4096), or (N, 1000)
 
     def forward(self, x):
-        return self.head(x if x.ndim == 2 else self.backbone(x))  # 2: from `cache_features`
+        if x.ndim == 4:  # images, and not yet features
+            x = self.backbone(x)
+        return self.head(x)
+
+
+class FrozenFeatures(common.ImageDataset):
+    """A data set whose batches are the features of its images, float32 (B, F), computed before."""
+
+    def __init__(self, dataset, features):
+        self.dataset = dataset
+        super().__init__(dataset.images, dataset.labels, dataset.spec, dataset.files)
+        self.features = features
+        self.normalize = nn.Identity()
+
+    def check_images(self):
+        pass  # `dataset` has
+
+    def read(self, indices):
+        return self.dataset.read(indices)
+
+    def load(self, batches):
+        for indices in batches:
+            yield self.features[indices], self.labels[indices]
 
 
 @torch.no_grad()
-def cache_features(model, dataset, args):
-    """The data set with the features of all images, computed once, in its batches: float32 (B, F)."""
+def compute_features(model, dataset, args):
+    """What the frozen backbone makes of every image, computed once."""
     model.to(args.device).eval()  # without dropout
-    features, cached = torch.zeros(len(dataset), model.head.in_features), copy.copy(dataset)
-    batches = torch.arange(len(dataset)).split(max(8, 2**16 // dataset.spec.size**2))
+    features = torch.zeros(len(dataset), model.head.in_features)
+    mine = common.my_part(torch.arange(len(dataset)))
+    batches = mine.split(max(8, 2**16 // dataset.spec.size**2))
     bar = common.progress_bar(batches, "frozen features", args)
-    for indices, images, _ in common.load_batches(dataset, bar, args):
+    loaded = common.load_batches(dataset, bar, args.device)
+    for indices, (images, _) in zip(batches, loaded, strict=True):
         with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp):
             features[indices] = model.backbone(images).float().cpu()
-    common.all_reduce(features)  # of which each process has computed its part
-    cached.normalize, cached.load = nn.Identity(), lambda i: (features[i], dataset.labels[i])
-    return cached
+    return FrozenFeatures(dataset, common.all_reduce(features))  # each process has its part
+
+
+def find_state(saved):
+    """The state_dict of a VGG16 in what `torch.save` wrote, however it is wrapped, or None."""
+    if not isinstance(saved, dict):
+        return None
+    prefix = r"^.*?(features|classifier|head)\.(module\.)?"  # DataParallel's, torch.compile's
+    state = {re.sub(prefix, r"\1.", str(name)): value for name, value in saved.items()}
+    if "features.0.weight" in state:
+        return state
+    for value in saved.values():
+        state = find_state(value)
+        if state:
+            return state
+    return None
 
 
 def read_weights(args):
-    """The state_dict to begin with, or None, and the mean and std that its images had."""
-    imagenet, file = IMAGENET.transforms(), args.checkpoint
-    if args.weights == "none" and not file:
-        return None, 0.5, 0.25
-    if args.weights == "imagenet" and not file:
-        try:
-            return IMAGENET.get_state_dict(check_hash=True), imagenet.mean, imagenet.std  # or downloads
-        except Exception as error:  # no network, or half a file in the cache
-            ways = f"put {IMAGENET.url} into {torch.hub.get_dir()}/checkpoints, or use --weights none"
-            raise common.UserError(f"no ImageNet weights ({error}): {ways}") from None
-    file = file or common.load_checkpoint(args.weights, any_format=True)
-    if isinstance(file, dict) and "format" in file:
-        return file["model"], file["spec"].get("mean", 0.5), file["spec"].get("std", 0.5)
-    return file, imagenet.mean, imagenet.std
+    """The state_dict to begin with, mean and std of its images, its classes; None if not known."""
+    about = IMAGENET.transforms()
+    saved = common.load_saved(args)  # of a run that is continued, or tested
+    if saved is None and args.weights == "none":
+        return None, 0.5, 0.25, None
+    if saved is None and args.weights == "imagenet":
+        return None, about.mean, about.std, None  # not downloaded before the data are read
+    saved = saved or common.load_file(args.weights)
+    state = find_state(saved)
+    if state is None:
+        raise common.UserError(f"--weights {args.weights} has no features.0.weight: no VGG16")
+    if "spec" not in saved:
+        return state, about.mean, about.std, None
+    spec = saved["spec"]
+    return state, spec["mean"], spec["std"], spec["classes"]
 
 
-def load_backbone(model, state, weights):
-    """Put a VGG16's parameters into the network; its head stays new."""
-    state = state.items() if isinstance(state, dict) else ()
-    state = {str(name).removeprefix("module."): value for name, value in state}  # DataParallel's
-    own = [name for name in model.state_dict() if not name.startswith("head.")]
+def load_parameters(model, state, with_head, name):
+    """Put a VGG16's parameters into the network."""
+    names = [key for key in model.state_dict() if with_head or not key.startswith("head.")]
     try:
-        model.load_state_dict({name: state[name] for name in own}, strict=False)
-    except (KeyError, RuntimeError) as error:
-        raise common.UserError(f"--weights {weights} is no VGG16: {error}") from None
+        model.load_state_dict({key: state[key] for key in names}, strict=False)
+    except (KeyError, RuntimeError, TypeError) as error:
+        reason = str(error)[:200]
+        raise common.UserError(f"--weights {name} is no VGG16 for this --head: {reason}") from None
+
+
+def imagenet_state():
+    """ImageNet's parameters, from torchvision's cache, or downloaded."""
+    try:
+        return IMAGENET.get_state_dict(check_hash=True)
+    except Exception as error:  # no network, or half a file in the cache
+        ways = f"put {IMAGENET.url} into {torch.hub.get_dir()}/checkpoints, or use --weights none"
+        raise common.UserError(f"no ImageNet weights ({error}): {ways}") from None
 
 
 def build_model(spec, args):
@@ -87,37 +139,59 @@ def build_model(spec, args):
     return VGG(len(spec.classes), args.head, args.freeze)
 
 
-def parser():
-    parser = common.RecipeParser(__file__, __doc__, TUNED, min_size=32, epochs=10, batch_size=64, lr=0.001)
+def has_photos(args):
+    """Whether --data has images of one's own, and not CIFAR-10 or drawn ones."""
+    root = Path(args.data)
+    if any((root / name).exists() for name in ("train", "train.csv", "test", "test.csv")):
+        return True
+    return args.holdout > 0 and root.is_dir() and not (root / "cifar-10-batches-py").exists()
+
+
+def parse_args(argv=None):
+    parser = common.make_parser(
+        __file__, __doc__, TUNED, min_size=32, epochs=10, batch_size=64, lr=0.001
+    )
     add = parser.add_argument_group("transfer").add_argument
-    add("--weights", default="imagenet", help="imagenet, none, or a checkpoint or state_dict", metavar="NAME")
-    add("--head", default="replace", help="instead of or after the last layer", choices=["replace", "add"])
+    add("--weights", default="imagenet", help="imagenet, none, a checkpoint or a state_dict")
+    add(
+        "--head", default="replace", choices=["replace", "add"], help="for the last layer, or to it"
+    )
     add("--freeze", help="train the new layer alone", action="store_true")
-    return parser
+    args = common.parse_args(parser, argv, TUNED)
+    if args.size is None:
+        args.size = 224 if has_photos(args) else 32
+    return args
 
 
 def main(argv=None):
-    args = parser().parse_args(argv)
-    is_folder = Path(args.data, "train.csv").is_file() or Path(args.data, "train").is_dir()
-    args.size = args.size or (224 if is_folder else 32)
-    crop = 224 / 256 if is_folder else 0.0  # ImageNet's networks see the middle of a photo
-    state, mean, std = read_weights(args)
+    args = parse_args(argv)
+    crop = 224 / 256 if has_photos(args) else 0.0  # ImageNet's networks see a photo's middle
+    state, mean, std, classes = read_weights(args)
     train_set, test_set = common.load_data(args, "CIFAR10", mean=mean, std=std, crop=crop)
 
     torch.manual_seed(args.seed)
     model = build_model(train_set.spec, args)
+    if state is None and args.weights == "imagenet":
+        state = imagenet_state()
     if state is not None:
-        load_backbone(model, state, args.weights)
+        same_classes = classes == train_set.spec.classes
+        load_parameters(model, state, same_classes, args.weights)
+        if same_classes and not args.resume:
+            print(f"--weights {args.weights}: its head is kept, since the classes are the same")
     del state
     loss_fn = nn.CrossEntropyLoss()
     # What is frozen gets no gradient, and the optimizer leaves it as it is.
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, nesterov=args.tuned)
-    # Stepped after every batch; a scheduler of torch.optim is stepped as its documentation says.
-    scheduler, augment = common.one_cycle(optimizer, train_set, args) if args.tuned else None, None
+    scheduler = augment = None
+    if args.tuned:
+        # Stepped after every batch; other schedulers are stepped as their documentation says.
+        scheduler = common.one_cycle(optimizer, train_set, args)
+        flip = args.data != "drawn"  # a mirrored dog is a dog, a mirrored digit is none
+        augment = partial(common.random_flip_and_crop, padding=args.size // 16, flip=flip)
     if args.freeze:
-        train_set, test_set = (cache_features(model, dataset, args) for dataset in (train_set, test_set))
-    elif args.tuned:
-        augment = partial(common.random_flip_and_crop, padding=args.size // 16, flip=args.data != "drawn")
+        augment = None
+        train_set = compute_features(model, train_set, args)
+        test_set = compute_features(model, test_set, args)
     return common.fit(model, train_set, test_set, loss_fn, optimizer, args, scheduler, augment)
 
 

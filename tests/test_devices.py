@@ -1,14 +1,12 @@
-"""Without a GPU: PyTorch's fake tensors know the device they would be on, and refuse a mix of two."""
+"""Without a GPU: PyTorch's fake tensors know the device they would be on, and refuse another."""
 
 import importlib
-from unittest import mock
 
 import common
-from predict import import_recipe
 
 import pytest
 import torch
-import torchvision
+from torch import nn
 from torch._subclasses import FakeTensorMode
 
 CUDA = torch.device("cuda:0")
@@ -23,26 +21,45 @@ def stop(tensor):
     raise Stop
 
 
+def train_and_evaluate(model, dataset, loss_fn, optimizer, args, *options):
+    """Up to the numbers, in the place of an epoch of training."""
+    assert isinstance(dataset.labels, torch._subclasses.FakeTensor)
+    with pytest.raises(Stop):
+        common.train_one_epoch(model, dataset, loss_fn, optimizer, args, *options)
+    with pytest.raises(Stop):
+        common.evaluate(model, dataset, args)
+    raise Stop
+
+
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("precision", "on_gpu"), [("--amp", True), ("--no-amp", False)])
+@pytest.mark.parametrize("flags", ["--amp", "--no-amp"])
 @pytest.mark.parametrize("recipe", common.RECIPES)
-def test_training_and_evaluation_mix_no_devices(folder, monkeypatch, recipe, precision, on_gpu):
-    argv = ["--data", str(folder), "--limit-batches", "1", "--batch-size", "4", "--quiet"]
-    argv += ["--size", "32", "--tuned", precision] + ["--weights", "none"] * (recipe == "vgg_transfer")
-    with mock.patch.object(common, "fit") as fit, monkeypatch.context() as patch:
-        patch.setattr(torchvision.models, "vgg16", torchvision.models.vgg11)  # in a tenth of the time
-        import_recipe(recipe).main(argv)
-    _, data, _, loss_fn, optimizer, args, _, augment = (*fit.call_args.args, None)[:8]
-    args.device, place = CUDA, CUDA if on_gpu else torch.device("cpu")
-    with FakeTensorMode(allow_non_fake_inputs=True), mock.patch("torch.Tensor.backward"):
-        images, labels = (torch.zeros(part.shape, dtype=part.dtype, device=place) for part in data[:])
-        data = common.ImageDataset(images.movedim(1, -1), labels, data.spec)
-        data.augment = augment
+def test_training_and_evaluation_mix_no_devices(folder, monkeypatch, recipe, flags):
+    """Nor with class weights in the loss. The images are on the GPU with --amp, else streamed."""
+    found = []
+    module = importlib.import_module(recipe)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "build_model", lambda spec, args: nn.Linear(1, 1))  # no VGG16
+        patch.setattr(common, "fit", lambda *options: found.extend(options))
+        argv = f"--data {folder} --limit-batches 1 --batch-size 4 --size 32 --tuned {flags}"
+        weights = "--weights none" if recipe == "vgg_transfer" else ""
+        module.main([*argv.split(), *weights.split()])
+    _, data, _, _, optimizer, args, _, augment, *_ = found
+    args.device = CUDA
+    place = CUDA if args.amp else torch.device("cpu")
+    monkeypatch.setattr(common, "all_reduce", stop)
+    for name in ("describe", "check_labels"):  # they look at numbers
+        monkeypatch.setattr(common, name, lambda *options: None)
+    monkeypatch.setattr(torch.Tensor, "backward", lambda loss: None)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        images = torch.zeros(data.images.shape, dtype=torch.uint8, device=place)
+        labels = torch.zeros(len(data), dtype=torch.int64, device=place)
+        data = common.ImageDataset(images, labels, data.spec)
         with CUDA:
-            model = importlib.import_module(recipe).build_model(data.spec, args)
+            model = module.build_model(data.spec, args)
+        monkeypatch.setattr(model, "to", lambda *options, **more: model)  # fake ones cannot
         optimizer = type(optimizer)(model.parameters(), lr=0.1)
-        monkeypatch.setattr(common, "all_reduce", stop)
+        loss_fn = nn.CrossEntropyLoss(torch.ones(3))
+        options = {"augment": augment, "train_one_epoch": train_and_evaluate}
         with pytest.raises(Stop):
-            common.train_one_epoch(model, data, loss_fn, optimizer, args, 1)
-        with pytest.raises(Stop):
-            common.evaluate(model, data, args)
+            common.fit(model, data, data, loss_fn, optimizer, args, **options)

@@ -1,200 +1,206 @@
-"""What a user of multi_gpu.py may rely on: two and more processes with Gloo on the CPU."""
+"""What a user of torchrun with any recipe, and of multi_gpu.py, may rely on: Gloo on the CPU."""
 
-import contextlib
 import csv
 import os
 import shutil
-import signal
 import time
-from functools import partial
 from pathlib import Path
 
 import common
 import lenet_cifar
+import multi_gpu
 import predict
 
 import pytest
 import torch
 import torch.distributed.run
-from conftest import ENVIRONMENT, ROOT, finish, one_error_line, run, slow, warm, write_pictures
+from conftest import ROOT, run, start
 
-SCRIPT = "multi_gpu.py"
-LENET = "lenet_cifar.py"
-COLUMNS = ("epoch", "lr", "train_loss", "train_accuracy", "test_loss", "test_accuracy")
+TORCHRUN = (torch.distributed.run.__file__, "--standalone", "--nproc-per-node=2")
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
+QUICKLY = "--size 16 --lr 0.01 --epochs 3 --batch-size 6"
 
+GROUP = """
+import importlib, sys
+import common
 
-def join(environment):
-    torch.set_num_threads(1)
-    os.environ.update(environment)
+def main():
+    refused = []
+    for command in sys.argv[1:]:
+        script, *flags = command.split()
+        try:
+            importlib.import_module(script).main(flags)
+        except common.UserError as error:
+            refused.append(str(error))
+    raise common.UserError(" | ".join(refused))
 
+common.import_figures = lambda: None
+common.cli(main)
+"""
 
-def run_group(count, script, *args, cwd, status=0, each=lambda rank: [], **options):
-    """Run the processes of a group, as torchrun does, which has the store; `each` gives further flags of a
-    rank. Returns stdout and stderr of all together."""
-    store, started = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False), []
-    for rank in range(count):
-        environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
-        environment.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=store.port, TORCHELASTIC_USE_AGENT_STORE=True)
-        before = partial(join, {name: str(value) for name, value in environment.items()})
-        started.append(warm(script, *args, *each(rank), cwd=cwd, before=before, name=rank, **options))
-    ended = [finish(one, status) for one in started]
-    return "".join(out for out, _ in ended), "".join(err for _, err in ended)
+MY_NET = """
+import os, signal
+import common, lenet_cifar
+import torch
+from torch import nn
 
+attempt = os.environ.get("DIES") and os.environ["TORCHELASTIC_RESTART_COUNT"]
+common.import_figures = lambda: None
 
-def torchrun(*args, cwd):
-    """Start torchrun with two processes, which are as cold as a user's."""
-    flags = ["--standalone", "--nproc-per-node=2"]
-    return warm(torch.distributed.run.__file__, *flags, *args, cwd=cwd, before=prepare_torchrun)
+def build_model(spec, args):
+    body = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 16), nn.BatchNorm1d(16))
+    return nn.Sequential(body, nn.ReLU(), nn.Linear(16, 3))
 
+def after_epoch(run):
+    if attempt == "1" and common.get_rank() == 1 and len(run.history) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
 
-def prepare_torchrun():
-    os.environ.update(ENVIRONMENT)
-    os.setsid()
+def main(argv=None):
+    args = lenet_cifar.parse_args(argv)
+    if attempt == "0" and common.get_rank() == 1:
+        os._exit(1)  # while the other process reads the data
+    train_set, test_set = common.load_data(args, "CIFAR10")
+    torch.manual_seed(0)
+    model = build_model(train_set.spec, args)
+    optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9)
+    loss_fn = nn.CrossEntropyLoss()
+    common.fit(model, train_set, test_set, loss_fn, optimizer, args, after_epoch=after_epoch)
 
-
-def children(parent):
-    """The processes that this one has started, as Linux lists them."""
-    found = []
-    for status in Path("/proc").glob("[0-9]*/status"):
-        with contextlib.suppress(OSError):  # gone in the meantime
-            if f"PPid:\t{parent}\n" in status.read_text():
-                found.append(int(status.parent.name))
-    return found
-
-
-def history(folder):
-    with open(folder / "history.csv", newline="") as file:
-        return [[float(row[name]) for name in COLUMNS] for row in csv.DictReader(file)]
-
-
-def assert_close(one, other, rtol):
-    """Two run folders with the same weights and history, but for rounding."""
-    for row, twin in zip(history(one), history(other), strict=True):
-        assert row == pytest.approx(twin, rel=rtol)
-    a, b = (common.load_checkpoint(folder / "last.pt")["model"] for folder in (one, other))
-    assert a.keys() == b.keys()
-    for name in a:
-        assert (a[name] - b[name]).norm() <= rtol * b[name].norm()
+if __name__ == "__main__":
+    common.cli(main)
+"""
 
 
-def test_a_group_learns_what_one_process_learns(tmp_path, folder):
-    # 60 pictures in batches of 7: the parts differ, and the last one has 4, for 3 processes 2, 1 and 1
-    args = ["--data", folder, "--epochs", 3, "--batch-size", 7, "--lr", 0.01]
-    run_group(3, LENET, *args, "--out", "three", cwd=tmp_path)
-    run(LENET, *args, "--out", "one", cwd=tmp_path)
-    out, err = run_group(2, SCRIPT, *args, "--out", "group", cwd=tmp_path)
-    assert err == "" and out.count("best epoch") == 1 and "60 + 21 images" in out
-    assert_close(tmp_path / "one", tmp_path / "group", 1e-5)
-    assert_close(tmp_path / "one", tmp_path / "three", 1e-5)
-    run(LENET, "--resume", "--epochs", 4, "--out", "group", cwd=tmp_path)  # in one process
-    run_group(2, LENET, "--resume", "--epochs", 4, "--out", "one", cwd=tmp_path)
-    assert_close(tmp_path / "one", tmp_path / "group", 1e-5)
-    run("predict.py", "one/best.pt", folder / "test/ball/0.png", cwd=tmp_path)
-
-
-def test_fewer_pictures_than_processes_still_count_once(tmp_path, folder):
-    args = ["--data", folder, "--epochs", 1, "--batch-size", 58, "--lr", 0.01]  # the last batch has 2
-    run("quick_cifar.py", *args, "--out", "one", cwd=tmp_path)
-    run_group(3, SCRIPT, "--recipe", "quick_cifar", *args, "--out", "group", cwd=tmp_path)
-    assert_close(tmp_path / "one", tmp_path / "group", 1e-5)
-    out, _ = run_group(3, "mnist_cnn.py", *args, "--tuned", cwd=tmp_path)  # with data augmentation
-    assert out.count("best epoch") == 1
-
-
-def test_an_image_that_one_process_replaces_counts_for_its_new_class(tmp_path, folder):
-    text = (ROOT / LENET).read_text().replace("import common\n", "import common\n\ncommon.IN_MEMORY = 0\n", 1)
-    (tmp_path / "my_net.py").write_text(text)
-    shutil.copytree(folder, tmp_path / "data")
-    (tmp_path / "data/test/standing/6.bmp").write_text("no image")  # the last one: the first is taken
-    args = ["--epochs", 2, "--batch-size", 8, "--lr", 0.01, "--skip-bad"]
-    out, _ = run_group(2, tmp_path / "my_net.py", "--data", "data", *args, cwd=tmp_path)
-    lines = out.split("test accuracy per class")[1].splitlines()[1:4]
-    accuracy = sum(float(line.split()[1]) * count for line, count in zip(lines, (8, 7, 6), strict=True)) / 21
-    assert accuracy == pytest.approx(history(tmp_path / "runs/my_net")[-1][5], abs=1e-4)
-
-
-def test_what_is_tested_is_what_is_saved_with_batch_normalization_too(tmp_path, folder):
-    text = (ROOT / LENET).read_text().replace("F.relu(self.fc2(x))", "self.norm(F.relu(self.fc2(x)))")
-    text = text.replace("        self.fc3 =", "        self.norm = nn.BatchNorm1d(84)\n        self.fc3 =")
-    (tmp_path / "my_net.py").write_text(text)
-    args = ["--data", folder, "--epochs", 1, "--batch-size", 8, "--lr", 0.1]
-    run_group(2, tmp_path / "my_net.py", *args, "--out", "group", cwd=tmp_path)
-    model, spec = predict.load_model(tmp_path / "group/last.pt", tmp_path / "my_net.py")
-    args = lenet_cifar.parser().parse_args(["--data", str(folder), "--quiet"])
-    _, test_set = common.load_data(args, "CIFAR10", mean=spec.mean, std=spec.std)
-    row, _ = common.evaluate(model[1], test_set, args)
-    assert row["test_loss"] == pytest.approx(history(tmp_path / "group")[-1][4], rel=1e-5)
-
-
-def test_one_process_says_so_and_trains_as_the_recipe_does(tmp_path, folder):
-    shutil.copy(ROOT / "mnist_cnn.py", tmp_path / "my_net.py")
-    args = ["--data", folder, "--epochs", 1, "--tuned", "--amp"]
-    out, _ = run(SCRIPT, "--recipe", "my_net.py", *args, cwd=tmp_path)
-    assert "one device" in out and "--recipe my_net.py" in out
-    run(tmp_path / "my_net.py", *args, cwd=tmp_path)
-    assert_close(tmp_path / "runs/multi_gpu", tmp_path / "runs/my_net", 0)
-    run_group(2, SCRIPT, "--recipe", "my_net.py", *args, "--out", "group", cwd=tmp_path)
-    assert len(history(tmp_path / "group")) == 1
-
-
-def test_the_demo_prints_what_replicas_and_caller_see(tmp_path):
-    out, _ = run(SCRIPT, "--demo", cwd=tmp_path)
-    inside = [line for line in out.splitlines() if "in the model" in line]
-    assert [line.split("input ")[1] for line in inside] == ["[30, 5], output [30, 2]"] * 3 + [
-        "[10, 5], output [10, 2]"
+@pytest.fixture(scope="module")
+def group(folder, tmp_path_factory):
+    """Two processes that do one thing after the other: their folder, their stdout and stderr."""
+    cwd = tmp_path_factory.mktemp("group")
+    (cwd / "group.py").write_text(GROUP)
+    (cwd / "my_net.py").write_text(MY_NET)
+    (cwd / "locked").mkdir()
+    data = f"--data {folder} {QUICKLY}"
+    commands = [
+        f"multi_gpu {data} --out same",
+        f"my_net {data} --out calm",
+        f"my_net {data} --out few --holdout 1",
+        "multi_gpu --demo",
+        "lenet_cifar --batch-size 7",
+        f"lenet_cifar {data} --out locked",
     ]
-    assert out.count("outside: input [30, 5]") == 3 and out.count("outside: input [10, 5]") == 1
+    with common.lock_folder(cwd / "locked"):
+        out, err = run(*TORCHRUN, "group.py", *commands, cwd=cwd, status=1, env=ENVIRONMENT)
+    return cwd, out, err
 
 
-def test_help_has_the_flags_of_the_recipe_too(tmp_path):
-    out, _ = run(SCRIPT, "--recipe", "quick_cifar", "--help", cwd=tmp_path)
-    text = " ".join(out.split())
-    assert "--activation" in text and "--demo" in text and "of all processes together" in text
+def predictions(folder):
+    with open(folder / "predictions.csv", newline="") as file:
+        return [(row["file"], row["predicted"]) for row in csv.DictReader(file)]
 
 
-@pytest.mark.parametrize(
-    ("args", "parts"),
-    [(["--epochs", 0], ["--epochs 0"]), (["--data", "missing"], ["missing", "--download"])],
-)
-def test_bad_use_is_one_message_of_one_process(tmp_path, args, parts):
-    _, err = run_group(2, LENET, *args, cwd=tmp_path, status=2)
-    one_error_line(err, *parts)
+def last_model(folder):
+    return common.load_checkpoint(folder / "last.pt")["model"]
 
 
-@slow
-def a_raising_worker_ends_the_others_and_is_the_one_that_speaks(cwd):
-    text = (ROOT / "lenet_cifar.py").read_text()
-    line, bug = "        x = x.flatten(1)", "; int(__import__('os').environ['RANK']) and 1 / 0"
-    (cwd / "my_net.py").write_text(text.replace(line, line + bug))
-    write_pictures(cwd / "data")
-    return finish(torchrun(ROOT / SCRIPT, "--recipe", "my_net.py", cwd=cwd), 1)
+def test_two_processes_learn_what_one_learns_and_test_every_image_once(group, folder):
+    cwd, out, _ = group
+    lenet_cifar.main(f"--data {folder} {QUICKLY} --out one".split())
+    torch.testing.assert_close(last_model(Path("one")), last_model(cwd / "same"))
+    assert len(predictions(cwd / "same")) == 21  # which two processes do not divide
+    assert predictions(cwd / "same") == predictions(Path("one"))
+    assert out.count("run folder: same") == 1
+    lenet_cifar.main(f"--resume --epochs 4 --out {cwd / 'same'}".split())
 
 
-def test_a_raising_worker_ends_the_others_and_is_the_one_that_speaks(done):
-    _, err = done
-    assert err.index("ZeroDivisionError: division by zero") < err.index("Root Cause")
-    assert "another process is gone" not in err
+@pytest.mark.parametrize(("out", "holdout", "images"), [("calm", 0, 21), ("few", 1, 1)])
+def test_what_is_tested_is_what_is_saved_with_batch_normalization_or_one_image_too(
+    group, folder, out, holdout, images
+):
+    cwd, _, _ = group
+    args = common.settings(data=folder, holdout=holdout, size=16)
+    _, test_set = common.load_data(args, "CIFAR10")
+    assert len(test_set) == len(predictions(cwd / out)) == images
+    model, _ = predict.load_model(cwd / out / "last.pt", recipe=cwd / "my_net.py")
+    row, _ = common.evaluate(model, test_set, args)
+    history = common.load_checkpoint(cwd / out / "last.pt")["history"]
+    assert row["test_loss"] == pytest.approx(history[-1]["test_loss"], rel=1e-4)
 
 
-@slow
-def a_killed_worker_comes_back_and_the_run_ends_as_if_nothing_had_been(cwd):
-    if not Path("/proc/self/status").exists():
-        return None
-    write_pictures(cwd / "data")
-    args = ["--limit-batches", 15, "--epochs", 15, "--batch-size", 4]
-    run_group(2, LENET, *args, "--out", "calm", cwd=cwd)
-    process, (out, _) = torchrun("--max-restarts=3", ROOT / LENET, *args, "--out", "killed", cwd=cwd)
-    while not (cwd / "killed/last.pt").exists() and process.is_alive():
-        time.sleep(0.02)
-    os.kill(max(children(process.pid)), signal.SIGKILL)
-    process.join(100)
-    return cwd, process.exitcode, out.read_text()
+def test_what_a_user_does_wrong_is_one_line_of_each_process(group):
+    _, _, err = group
+    line = (
+        "group.py: error: --batch-size has to be a multiple of 2 processes | "
+        "another process trains in locked: name another --out"
+    )
+    assert err.count(line) == err.count(": error: ") == 2, err
+    assert err.count("Traceback") == 1  # torchrun's own
 
 
-def test_a_killed_worker_comes_back_and_the_run_ends_as_if_nothing_had_been(done):
-    if done is None:
-        pytest.skip("finds the worker in Linux's /proc")
-    cwd, status, out = done
-    assert status == 0
-    assert out.count("lenet_cifar on cpu") == 2  # it was started twice
-    assert_close(cwd / "calm", cwd / "killed", 0)
+def test_a_restart_continues_its_own_run_and_never_an_older_one(group, folder):
+    cwd, _, _ = group
+    shutil.copytree(cwd / "calm", cwd / "killed")  # yesterday's, with the same flags
+    args = f"--max-restarts=2 my_net.py --data {folder} {QUICKLY} --out killed".split()
+    process = start(*TORCHRUN, *args, cwd=cwd, env={**ENVIRONMENT, "DIES": "1"})
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "killed had an earlier run, which is in killed-1 now" in out
+    assert [line.split()[0] for line in out.splitlines() if "/3 " in line] == ["1/3", "2/3", "3/3"]
+    for old, new in (("calm", "killed-1"), ("calm", "killed")):
+        torch.testing.assert_close(last_model(cwd / old), last_model(cwd / new), rtol=0, atol=0)
+
+
+def test_a_restart_moves_aside_what_an_older_version_wrote(folder, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    Path("run").mkdir()
+    torch.save({"format": "older"}, "run/last.pt")
+    lenet_cifar.main(f"--data {folder} {QUICKLY} --out run".split())
+    assert Path("run-1/last.pt").exists()
+
+
+def test_workers_end_with_torchrun_also_while_they_import(tmp_path):
+    process = start(*TORCHRUN, ROOT / "lenet_cifar.py", "--data", "drawn", cwd=tmp_path)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    if not children.exists():
+        process.kill()
+        pytest.skip("finds the workers in Linux's /proc")
+    importing = []
+    while len(importing) < 2:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+        maps = [Path(f"/proc/{child}/maps").read_text() for child in children.read_text().split()]
+        importing = [text for text in maps if "libtorch" in text]
+    process.kill()
+    process.communicate(timeout=30)  # as long as a worker has its stdout
+    assert not Path("runs").exists()
+
+
+def test_a_group_prints_its_part_of_each_batch_in_the_demo(group):
+    _, out, _ = group
+    assert out.count("input [15, 5], output [15, 2]") == 2 * 3
+    assert out.count("input [5, 5], output [5, 2]") == 2
+
+
+def test_the_demo_prints_what_replicas_and_caller_see(capsys):
+    multi_gpu.main(["--demo"])
+    out = capsys.readouterr().out
+    for where in ("in the model, on cpu", "outside"):
+        sizes = [line.split(": ")[1] for line in out.splitlines() if line.strip().startswith(where)]
+        large = "input [30, 5], output [30, 2]"
+        assert sizes == [large, large, large, "input [10, 5], output [10, 2]"]
+
+
+def test_help_has_the_flags_of_the_recipe_too(capsys):
+    with pytest.raises(SystemExit):
+        multi_gpu.main(["--recipe", "quick_cifar", "--help"])
+    out = capsys.readouterr().out
+    for part in ("--activation", "--demo", "--data-parallel"):
+        assert part in out
+
+
+def test_a_recipe_of_ones_own_is_trained_with_data_parallel(folder):
+    Path("my_net.py").write_text(MY_NET)
+    multi_gpu.main(f"--recipe my_net.py --data {folder} {QUICKLY}".split())
+    assert common.load_checkpoint("runs/multi_gpu/last.pt")["settings"]["data_parallel"]
+    args = common.settings(data_parallel=True)
+    args.device = torch.device("cuda:0")
+    model = common.parallelize(torch.nn.Linear(2, 2), args)
+    assert isinstance(model, torch.nn.DataParallel)

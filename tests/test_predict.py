@@ -1,114 +1,160 @@
 """What a user of predict.py may rely on."""
 
 import csv
+import io
 import pickle
-import shutil
+from pathlib import Path
 
 import common
+import lenet_cifar
 import predict
 
 import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, draw, one_error_line, run
+from conftest import ROOT, draw
 from PIL import Image
+from torch import nn
+
+MY_NET = """
+from pathlib import Path
+import common
+import torch
+from torch import nn
+
+Path("imported").touch()
+
+def build_model(spec, args):
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * spec.size**2, len(spec.classes)))
+
+def main(argv):
+    parser = common.make_parser(__file__, __doc__, {}, epochs=1, batch_size=8, lr=0.01, size=8)
+    args = common.parse_args(parser, argv, {})
+    train_set, test_set = common.load_data(args, "CIFAR10")
+    model = build_model(train_set.spec, args)
+    optimizer = torch.optim.SGD(model.parameters(), args.lr)
+    return common.fit(model, train_set, test_set, nn.CrossEntropyLoss(), optimizer, args)
+"""
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, folder):
     """The run folder of a LeNet that knows balls from bars."""
-    cwd = tmp_path_factory.mktemp("trained")
-    run(
-        "lenet_cifar.py",
-        "--data",
-        folder,
-        "--tuned",
-        "--batch-size",
-        4,
-        "--lr",
-        0.01,
-        "--epochs",
-        20,
-        cwd=cwd,
-    )
-    return cwd / "runs/lenet_cifar"
+    out = tmp_path_factory.mktemp("trained")
+    flags = f"--data {folder} --tuned --batch-size 4 --lr 0.01 --epochs 20 --out {out} --quiet"
+    lenet_cifar.main(flags.split())
+    return out
 
 
-def test_every_kind_of_picture_is_classified_as_its_plain_png(trained, tmp_path):
-    ball = draw("ball", np.random.default_rng(5), 60, 60)
-    image = Image.fromarray(ball[..., ::-1])
+@pytest.fixture
+def classify(capsys):
+    """Call predict.py with these arguments; gives what it prints. Fails if it exits otherwise."""
+
+    def main(*arguments, status=0):
+        capsys.readouterr()
+        code = 0
+        try:
+            predict.main([str(one) for one in arguments])
+        except SystemExit as stop:
+            code = stop.code or 0
+        assert code == status
+        return capsys.readouterr()
+
+    return main
+
+
+def read_table(file):
+    with open(file, newline="", encoding="utf-8") as lines:
+        return list(csv.DictReader(lines))
+
+
+def test_every_kind_of_picture_is_classified_as_its_plain_png(trained, classify):
+    image = Image.fromarray(draw("ball", np.random.default_rng(5), 60, 60)[..., ::-1])
     turned = Image.Exif()
     turned[274] = 6  # the camera was held sideways: turn by 90 degrees to see it upright
-    image.save(tmp_path / "plain.png")
-    image.convert("RGBA").save(tmp_path / "alpha.png")
-    image.convert("P", palette=Image.Palette.ADAPTIVE).save(tmp_path / "palette.png")
-    image.save(tmp_path / "plain.bmp")
-    image.save(tmp_path / "plain.webp", lossless=True)
-    image.save(tmp_path / "plain.jpg", quality=95)
-    image.convert("L").save(tmp_path / "grey.jpg")
-    image.convert("CMYK").save(tmp_path / "cmyk.jpg", quality=95)
-    image.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "exif.jpg", exif=turned, quality=95)
-    image.resize((8000, 6000), Image.Resampling.NEAREST).save(tmp_path / "large.jpg")
-    image.resize((1, 1)).save(tmp_path / "dot.png")
-    out, _ = run("predict.py", trained / "best.pt", tmp_path, "--top", 99, "--csv", "t.csv", cwd=tmp_path)
-    assert len(out.splitlines()) == 11
-    with open(tmp_path / "t.csv", newline="") as file:
-        table = list(csv.DictReader(file))
+    Path("balls").mkdir()
+    exactly = ("alpha.png", "plain.bmp", "plain.webp")
+    nearly = ("plain.jpg", "cmyk.jpg", "exif.jpg", "palette.png", "large.jpg")
+    image.save("balls/plain.png")
+    image.convert("RGBA").save("balls/alpha.png")
+    image.save("balls/plain.bmp")
+    image.save("balls/plain.webp", lossless=True)
+    image.save("balls/plain.jpg", quality=95)
+    image.convert("CMYK").save("balls/cmyk.jpg", quality=95)
+    image.transpose(Image.Transpose.ROTATE_90).save("balls/exif.jpg", exif=turned, quality=95)
+    image.convert("P", palette=Image.Palette.ADAPTIVE).save("balls/palette.png")
+    image.resize((3000, 3000)).save("balls/large.jpg")
+    image.resize((1, 1)).save("balls/dot.png")
+    image.convert("L").save("balls/grey.jpg")
+    out, _ = classify(trained / "best.pt", "balls", "--top", 99, "--csv", "table.csv")
+    assert out.count("\n") == 11
+    table = read_table("table.csv")
     assert len(table) == 33  # three classes each
-    chance = {(row["file"].split("/")[-1], row["class"]): float(row["probability"]) for row in table}
-    for name in ("alpha.png", "plain.bmp", "plain.webp"):
-        assert chance[name, "ball"] == pytest.approx(chance["plain.png", "ball"], abs=1e-6)
-    for name in ("plain.jpg", "cmyk.jpg", "exif.jpg", "palette.png"):
-        assert chance[name, "ball"] == pytest.approx(chance["plain.png", "ball"], abs=0.15)
-    assert chance["plain.png", "ball"] > 0.5
+    assert [row["rank"] for row in table[:3]] == ["1", "2", "3"]
+    ball = {Path(r["file"]).name: float(r["probability"]) for r in table if r["class"] == "ball"}
+    assert ball["plain.png"] > 0.5
+    for name in exactly:
+        assert ball[name] == pytest.approx(ball["plain.png"], abs=1e-6)
+    for name in nearly:
+        assert ball[name] == pytest.approx(ball["plain.png"], abs=0.15)
 
 
-def test_prediction_sees_what_the_test_loop_sees(trained, folder):
-    checkpoint = common.load_checkpoint(trained / "last.pt")
-    model, spec = predict.load_model(trained / "last.pt")
-    files = [file for name in spec.classes for file in common.find_images(folder / "test" / name)]
-    correct = sum(
-        spec.classes[chances.argmax()] == file.parent.name
-        for file, _, chances in predict.classify(model, spec, files)
-    )
-    assert correct / len(files) == checkpoint["history"][-1]["test_accuracy"]
-    out, _ = run(
-        "predict.py", trained / "last.pt", folder / "test", "--figure", "f.png", cwd=trained, figures=True
-    )
-    assert f"{correct} of {len(files)} right, {correct / len(files):.4f}" in out
+@pytest.mark.figures
+def test_prediction_sees_what_the_test_loop_sees_and_draws_it(trained, folder, classify):
+    saved = common.load_checkpoint(trained / "best.pt")
+    arguments = (trained / "best.pt", folder / "test", "--figure", "out.png", "--csv", "table.csv")
+    out, _ = classify(*arguments)
+    accuracy = saved["history"][-1]["test_accuracy"]
+    assert f"{round(accuracy * 21)} of 21 right, {accuracy:.4f}, by their folders" in out
+    assert cv2.imread("out.png").shape[0] > 200
+    tested = {row["file"]: row["predicted"] for row in read_table(trained / "predictions.csv")}
+    assert len(tested) == 21
+    for row in read_table("table.csv"):
+        (file,) = (name for name in tested if row["file"].endswith(name))
+        assert tested[file] == row["class"]
 
 
-def test_what_is_transparent_is_white(tmp_path):
-    image = np.zeros((8, 8, 4), np.uint8)
-    image[:4, :, 3], image[4:, :, 3] = 255, 128  # black: above opaque, below half transparent
-    for name in ("a.png", "a.webp"):
-        cv2.imwrite(str(tmp_path / name), image, [cv2.IMWRITE_WEBP_QUALITY, 101])
-        assert common.decode(tmp_path / name)[:, 0, 0].tolist() == [0] * 4 + [127] * 4
-    cv2.imwrite(str(tmp_path / "deep.png"), image.astype(np.uint16) * 257)
-    assert common.decode(tmp_path / "deep.png")[:, 0, 0].tolist() == [0] * 4 + [127] * 4
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be rotated by a quarter
-    Image.fromarray(image[:, :5]).save(tmp_path / "exif.png", exif=exif)
-    assert common.decode(tmp_path / "exif.png")[:, 0, 0].tolist() == [0] * 4 + [127] * 4
+def test_files_are_judged_by_the_first_folder_with_a_class_s_name(trained, classify):
+    picture = draw("ball", np.random.default_rng(5))
+    for name in ("ball/lying/1.png", "lying/ball/2.png", "other/ball/3.png", "other/4.png"):
+        Path("photos", name).parent.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(f"photos/{name}", picture)
+    out, _ = classify(trained / "best.pt", "photos")
+    assert "2 of 3 right, 0.6667, by their folders" in out
+    assert "1 images are in no folder with a class's name" in out
+    out, _ = classify(trained / "best.pt", "photos/*/*/*.png")  # as where the shell expands nothing
+    assert out.count(".png: ball ") == 3
 
 
-def test_unreadable_files_are_named_and_the_others_classified(trained, tmp_path):
-    good = draw("lying", np.random.default_rng(1))
-    cv2.imwrite(str(tmp_path / "good.png"), good)
+def test_what_is_left_out_of_a_folder_is_counted(trained, classify):
+    Path("photos").mkdir()
+    cv2.imwrite("photos/1.png", draw("ball", np.random.default_rng(5)))
+    for name in ("2.heic", "3.HEIC", "notes.txt"):
+        Path("photos", name).touch()
+    out, _ = classify(trained / "best.pt", "photos")
+    left_out = out.splitlines()[0].lower()
+    assert left_out.startswith("left out of photos: ")
+    assert "2 .heic" in left_out
+    assert "1 .txt" in left_out
+
+
+def test_unreadable_files_are_named_and_the_others_classified(trained, classify):
+    picture = draw("lying", np.random.default_rng(1))
+    cv2.imwrite("good.png", picture)
     for name in ("cut.jpg", "cut.png"):
-        cv2.imwrite(str(tmp_path / name), good)
-        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-200])
-    (tmp_path / "text.png").write_text("I am no picture")
-    (tmp_path / "empty.png").touch()
+        cv2.imwrite(name, picture)
+        Path(name).write_bytes(Path(name).read_bytes()[:-200])
+    Path("text.png").write_text("I am no picture")
+    Path("empty.png").touch()
     names = ["cut.jpg", "text.png", "good.png", "empty.png", "missing.png", "cut.png"]
-    args = (trained / "best.pt", *names, "--figure", "out.png")
-    out, err = run("predict.py", *args, cwd=tmp_path, status=2, figures=True)
-    assert out.startswith("good.png: ") and out.count("\n") == 1
-    assert (tmp_path / "out.png").stat().st_size > 1000
+    out, err = classify(trained / "best.pt", *names, status=2)
+    assert out.startswith("good.png: ")
+    assert out.count("\n") == 1
+    assert err.count("\n") == err.count("predict.py: error: ") == 5
     for name in set(names) - {"good.png"}:
-        assert f"cannot read {name}: " in err
-    assert "missing.png: no such file" in err and "empty.png: no image" in err
+        assert name in err
+    assert "missing.png cannot be read: no such file" in err
 
 
 class Evil:
@@ -116,51 +162,69 @@ class Evil:
         return (exec, ("open('evil-was-here', 'w')",))
 
 
-def test_checkpoints_that_are_none_are_refused_and_never_run(trained, tmp_path, folder):
+def saved(value):
+    file = io.BytesIO()
+    torch.save(value, file)
+    return file.getvalue()
+
+
+def test_checkpoints_that_are_none_are_refused_and_never_run(trained, folder, classify):
+    best = (trained / "best.pt").read_bytes()
+    middle = len(best) // 2
+    others = {
+        "evil": saved(Evil()),
+        "evil inside": saved({**common.load_checkpoint(trained / "best.pt"), "spec": Evil()}),
+        "pickle": pickle.dumps(Evil(), protocol=2),
+        "whole model": saved(nn.Linear(1, 1)),
+        "foreign": saved(nn.Linear(1, 1).state_dict()),
+        "old": saved({"format": "pytorch-image-recipes/0"}),
+        "half": best[:middle],
+        "flipped": best[:middle] + bytes([best[middle] ^ 1]) + best[middle + 1 :],
+        "empty": b"",
+    }
+    for name, data in others.items():
+        Path(f"{name}.pt").write_bytes(data)
+        with pytest.raises(common.UserError, match=f"{name}.pt is no checkpoint"):
+            classify(f"{name}.pt", folder / "test")
+    assert not Path("evil-was-here").exists()
+
+
+def test_a_recipe_of_ones_own_is_named_by_the_user_alone(folder, classify):
+    Path("my_net.py").write_text(MY_NET)
+    module = predict.import_recipe("my_net", "my_net.py")
+    module.main(["--data", str(folder)])
+    Path("imported").unlink()
+    best = "runs/my_net/best.pt"
     picture = folder / "test/ball/0.png"
-    torch.save(Evil(), tmp_path / "evil.pt")
-    (tmp_path / "pickle.pt").write_bytes(pickle.dumps(Evil()))
-    torch.save(torch.nn.Linear(1, 1), tmp_path / "whole_model.pt")
-    torch.save(torch.nn.Linear(1, 1).state_dict(), tmp_path / "foreign.pt")
-    torch.save({**common.load_checkpoint(trained / "best.pt"), "format": "older/0"}, tmp_path / "old.pt")
-    (tmp_path / "half.pt").write_bytes((trained / "best.pt").read_bytes()[:-5000])
-    (tmp_path / "empty.pt").touch()
-    for name in ("evil", "pickle", "whole_model", "foreign", "old", "half", "empty", "missing"):
-        _, err = run("predict.py", f"{name}.pt", picture, cwd=tmp_path, status=2)
-        one_error_line(err, f"{name}.pt")
-    assert not (tmp_path / "evil-was-here").exists()
-
-
-def test_a_copied_recipe_with_another_network_needs_no_other_change(tmp_path, folder):
-    text = (ROOT / "lenet_cifar.py").read_text().replace("LeNet(", "MyNet(").replace("120", "50")
-    text = text.replace("import common\n", "import common\n\nopen('imported', 'a').write('x')\n")
-    (tmp_path / "my_net.py").write_text(text)
-    out, _ = run(tmp_path / "my_net.py", "--data", folder, "--epochs", 1, cwd=tmp_path)
-    best, picture = tmp_path / "runs/my_net/best.pt", folder / "test/ball/0.png"
-    assert "--recipe my_net.py runs/my_net/best.pt" in out
-    assert common.load_checkpoint(best)["recipe"] == "my_net"
-    (tmp_path / "imported").unlink()
-    _, err = run("predict.py", best, picture, cwd=tmp_path, status=2)
-    one_error_line(err, "my_net", "--recipe my_net.py")
-    assert not (tmp_path / "imported").exists()  # a checkpoint decides nothing about imports
-    out, _ = run("predict.py", "--recipe", "my_net.py", best, picture, cwd=tmp_path)
+    with pytest.raises(common.UserError, match="add --recipe my_net"):
+        classify(best, picture)
+    assert not Path("imported").exists()  # a checkpoint decides nothing about imports
+    out, _ = classify("--recipe", "my_net.py", best, picture)
     assert out.startswith(f"{picture}: ")
-    shutil.copy(ROOT / "lenet_cifar.py", tmp_path / "other.py")
-    _, err = run("predict.py", "--recipe", "other.py", best, picture, cwd=tmp_path, status=2)
-    one_error_line(err, "made by my_net, and not by this --recipe", "size mismatch")
+    with pytest.raises(common.UserError, match="made by my_net, with another network"):
+        classify("--recipe", ROOT / "lenet_cifar.py", best, picture)
+
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 3))
+    model, spec = predict.load_model(best, model=network)
+    same, _ = predict.load_model(best, recipe="my_net.py")
+    images = torch.randint(256, (2, 3, spec.size, spec.size), dtype=torch.uint8)
+    assert torch.equal(model(images), same(images))
 
 
-def test_bad_use_is_one_line_and_status_2(trained, tmp_path):
-    (tmp_path / "nothing").mkdir()
-    for args, part in (
-        ((trained / "best.pt", "nothing"), "no images in nothing"),
-        ((trained / "best.pt", "x.png", "--top", 0), "--top"),
-        ((trained / "best.pt", "x.png", "--device", "cuda:77"), "cuda:77"),
-        ((trained / "best.pt", "x.png", "--recipe", "none.py"), "none.py"),
-        ((trained / "best.pt",), "IMAGE"),
-        ((trained / "best.pt", "x.png", "--recipe", trained / "history.csv"), "Python script"),
-        ((trained / "best.pt", "x.png", "--figure", "x.bmp"), ".png"),
-        ((trained / "best.pt", "x.png", "--recipe", ROOT / "vgg_transfer.py"), "made by lenet_cifar"),
-    ):
-        _, err = run("predict.py", *args, cwd=tmp_path, status=2, figures=True)
-        one_error_line(err, part)
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        ("nothing", "no images in nothing"),
+        ("x.png --top 0", "--top"),
+        ("x.png --device cuda:77", "cuda:77"),
+        ("x.png --recipe none.py", "none.py"),
+        ("x.png --figure x.bmp", ".png"),
+        ("", "IMAGE"),
+    ],
+)
+@pytest.mark.figures
+def test_bad_use_is_one_line(trained, flags, reason, classify):
+    Path("nothing").mkdir()
+    with pytest.raises(common.UserError, match=reason) as refused:
+        classify(trained / "best.pt", *flags.split())
+    assert "\n" not in str(refused.value)

@@ -1,9 +1,12 @@
 """What a user of vgg_transfer.py may rely on besides what all recipes share."""
 
-import csv
-import types
+import shutil
+from pathlib import Path
+from unittest import mock
 
 import common
+import predict
+import readers
 import vgg_transfer
 
 import cv2
@@ -11,237 +14,164 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import FEW, one_error_line, run, slow
 from torch import nn
 
-SCRIPT = "vgg_transfer.py"
+VGG16 = torchvision.models.vgg16
+ABOUT = vgg_transfer.IMAGENET.transforms()
 
 
-def first_blocks():
-    """Two narrow blocks of VGG16 in its place: 1/1000 of the work."""
+class SmallVGG(nn.Module):
+    """Two narrow blocks of VGG16, 1/1000 of the work."""
 
-    def vgg16():
-        features = torchvision.models.vgg.make_layers([16, 16, "M", 32, 32, "M"])
-        middle = (nn.ReLU(), nn.Dropout(0.1), nn.Linear(128, 128), nn.ReLU(), nn.Dropout(0.1))
-        classifier = nn.Sequential(nn.Linear(32 * 16, 128), *middle, nn.Linear(128, 100))
-        for layer in (*features, *classifier):
-            if hasattr(layer, "weight"):
-                nn.init.kaiming_normal_(layer.weight)
-        return types.SimpleNamespace(
-            features=features, avgpool=nn.AdaptiveAvgPool2d(4), classifier=classifier
-        )
-
-    torchvision.models.vgg16 = vgg16
+    def __init__(self):
+        super().__init__()
+        self.features = torchvision.models.vgg.make_layers([16, 16, "M", 32, 32, "M"])
+        self.avgpool = nn.AdaptiveAvgPool2d(4)
+        middle = [nn.ReLU(), nn.Dropout(0.1), nn.Linear(128, 128), nn.ReLU(), nn.Dropout(0.1)]
+        self.classifier = nn.Sequential(nn.Linear(512, 128), *middle, nn.Linear(128, 100))
 
 
-def accuracy(folder):
-    with open(folder / "history.csv", newline="") as file:
-        return float(list(csv.DictReader(file))[-1]["test_accuracy"])
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch, tmp_path):
+    """A small VGG16, an empty cache of torchvision's, and the download that fails."""
+    download = mock.Mock(side_effect=OSError("no network"))
+    monkeypatch.setattr(torchvision.models, "vgg16", SmallVGG)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    return download
 
 
-def test_imagenet_weights_come_from_torchvisions_cache_and_bring_their_normalisation(
-    tmp_path, folder, monkeypatch
-):
+def train(data, flags):
+    quickly = "--size 32 --epochs 1 --batch-size 8 --limit-batches 4"
+    vgg_transfer.main(f"--data {data} {quickly} {flags}".split())
+
+
+def load(out, name="last.pt"):
+    return common.load_checkpoint(Path(out, name))
+
+
+def assert_same(one, other, but="no layer"):
+    """Two state_dicts with the same parameters, but for a layer of the first one."""
+    kept = [name for name in one if not name.startswith(but)]
+    assert len(kept) >= len(one) - 2
+    for name in kept:
+        assert torch.equal(one[name], other[name]), name
+
+
+@pytest.mark.parametrize(("head", "last"), [("replace", 4096), ("add", 1000)])
+def test_the_network_is_torchvisions_with_another_last_layer(head, last, monkeypatch):
+    monkeypatch.setattr(torchvision.models, "vgg16", VGG16)
     with torch.device("meta"):
-        model, vgg = vgg_transfer.VGG(3), torchvision.models.vgg16().state_dict()
+        model = vgg_transfer.VGG(3, head)
+        expected = {name: value.shape for name, value in VGG16().state_dict().items()}
     shapes = {name: value.shape for name, value in model.state_dict().items()}
-    assert shapes.pop("head.weight") == (3, 4096) and shapes.pop("head.bias") == (3,)
-    assert shapes == {name: value.shape for name, value in vgg.items() if "classifier.6" not in name}
-    monkeypatch.setattr(torchvision.models, "vgg16", None)  # to be put back
-    first_blocks()
-    vgg = torchvision.models.vgg16()
-    parts = [(name, getattr(vgg, name).state_dict()) for name in ("features", "classifier")]
-    state = {f"{part}.{name}": value for part, values in parts for name, value in values.items()}
+    assert shapes.pop("head.weight") == (3, last)
+    assert shapes.pop("head.bias") == (3,)
+    if head == "replace":
+        del expected["classifier.6.weight"], expected["classifier.6.bias"]
+    assert shapes == expected
+
+
+def test_imagenet_weights_come_from_torchvisions_cache_with_their_normalization(folder, tmp_path):
     cache = tmp_path / "hub/checkpoints"
     cache.mkdir(parents=True)
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
-    args = (
-        "--data",
-        folder,
-        "--freeze",
-        "--size",
-        32,
-        "--epochs",
-        1,
-        "--limit-batches",
-        1,
-        "--batch-size",
-        4,
-    )
-    _, err = run(SCRIPT, *args, cwd=tmp_path, status=2, before=first_blocks)
-    one_error_line(err, str(cache), vgg_transfer.IMAGENET.url, "--weights none")
+    with pytest.raises(common.UserError, match="no network") as refused:
+        train(folder, "--freeze")
+    for part in (str(cache), vgg_transfer.IMAGENET.url, "--weights none"):
+        assert part in str(refused.value)
 
+    state = SmallVGG().state_dict()
     torch.save(state, cache / "vgg16-397923af.pth")
-    run(SCRIPT, *args, cwd=tmp_path, before=first_blocks)
-    checkpoint = common.load_checkpoint(tmp_path / "runs/vgg_transfer/last.pt")
-    weights = checkpoint["model"]
-    assert all(torch.equal(weights[name], state[name]) for name in weights if "head" not in name)
-    assert checkpoint["spec"]["mean"] == [0.485, 0.456, 0.406] and checkpoint["spec"]["crop"] == 0.875
+    train(folder, "--freeze")
+    saved = load("runs/vgg_transfer")
+    assert_same(saved["model"], state, but="head")
+    assert (saved["spec"]["mean"], saved["spec"]["std"]) == (ABOUT.mean, ABOUT.std)
+    assert saved["spec"]["crop"] == 224 / 256
+
     (cache / "vgg16-397923af.pth").write_bytes(b"half a file")
-    _, err = run(SCRIPT, *args, cwd=tmp_path, status=2)
-    one_error_line(err, str(cache))
+    with pytest.raises(common.UserError, match="hub/checkpoints"):
+        train(folder, "")
 
 
-def test_photos_are_cut_as_the_weights_expect():
-    photo = np.random.default_rng(0).integers(256, size=(30, 40, 3), dtype=np.uint8)
-    photo = cv2.GaussianBlur(cv2.resize(photo, (400, 300)), (0, 0), 3)
-    spec = common.Spec(["a", "b"], 224, crop=224 / 256)
-    expected = vgg_transfer.IMAGENET.transforms()(torch.from_numpy(photo).movedim(-1, 0))
-    about = vgg_transfer.IMAGENET.transforms()
-    spec.mean, spec.std = about.mean, about.std
-    found = common.Normalize(spec)(torch.from_numpy(common.prepare(photo, spec)).movedim(-1, 0)[None])[0]
-    assert (found - expected).abs().mean() < 0.05
+def test_the_data_are_looked_at_before_anything_is_downloaded(no_network):
+    with pytest.raises(common.UserError, match="nowhere"):
+        train("nowhere", "")
+    no_network.assert_not_called()
+
+
+def test_photos_are_prepared_as_the_weights_expect():
+    noise = np.random.default_rng(0).integers(256, size=(30, 40, 3), dtype=np.uint8)
+    photo = cv2.GaussianBlur(cv2.resize(noise, (400, 300)), (0, 0), 3)
+    spec = common.Spec(["a", "b"], 224, mean=ABOUT.mean, std=ABOUT.std, crop=224 / 256)
+    image = torch.from_numpy(readers.prepare(photo, spec)).movedim(-1, 0)
+    expected = ABOUT(torch.from_numpy(photo).movedim(-1, 0))
+    assert (common.Normalize(spec)(image[None])[0] - expected).abs().mean() < 0.05
+
+
+@pytest.mark.parametrize("freeze", ["", "--freeze"])
+@pytest.mark.parametrize("head", ["--head replace --tuned", "--head add"])
+def test_both_heads_frozen_or_not_resume_exactly_and_predict_as_tested(folder, head, freeze):
+    train(folder, f"--weights none {head} {freeze} --epochs 3 --save-every 1 --out whole")
+    Path("killed").mkdir()
+    for name in ("last.pt", "best.pt"):
+        shutil.copy("whole/epoch_2.pt", Path("killed", name))
+    vgg_transfer.main(["--resume", "--out", "killed"])
+    whole = load("whole")
+    assert_same(whole["model"], load("killed")["model"])
+    if freeze:
+        assert_same(whole["model"], load("whole", "epoch_1.pt")["model"], but="head")
+
+    model, spec = predict.load_model("killed/last.pt")
+    args = common.settings(data=folder, size=32)
+    _, test_set = common.load_data(args, "", mean=spec.mean, std=spec.std, crop=spec.crop)
+    row, _ = common.evaluate(model, test_set, args)
+    assert row["test_loss"] == pytest.approx(whole["history"][-1]["test_loss"], rel=1e-4)
+
+
+def test_after_its_head_all_of_it_is_trained_and_the_head_is_kept_for_the_same_classes(
+    folder, capsys
+):
+    train(folder, "--weights none --freeze --out a")
+    train(folder, "--weights a/best.pt --lr 1e-30 --out b")  # which changes nothing
+    assert "head is kept, since the classes are the same" in capsys.readouterr().out
+    assert_same(load("a")["model"], load("b")["model"])
+    train("drawn", "--weights a/best.pt --lr 1e-30 --out c")
+    assert "head is kept" not in capsys.readouterr().out
+    assert_same(load("a")["model"], load("c")["model"], but="head")
+    assert load("a")["spec"]["mean"] == load("c")["spec"]["mean"]
+
+
+def test_weights_are_found_however_others_have_wrapped_them(folder):
+    state = SmallVGG().state_dict()
+
+    def renamed(old, new):
+        return {name.replace(old, new, 1): value for name, value in state.items()}
+
+    files = {
+        "torchvision": state,  # as PyTorch before 1.6 wrote it
+        "examples": {"epoch": 3, "state_dict": renamed("features.", "features.module.")},
+        "parallel": {"model": renamed("", "module.")},
+        "compiled": renamed("", "_orig_mod."),
+    }
+    for name, saved in files.items():
+        torch.save(saved, f"{name}.pt", _use_new_zipfile_serialization=name != "torchvision")
+        train(folder, f"--freeze --weights {name}.pt --out {name}")
+        assert_same(load(name)["model"], state, but="head")
+        assert load(name)["spec"]["mean"] == ABOUT.mean
 
 
 @pytest.mark.parametrize(
-    ("head", "freeze"),
-    [("replace", []), ("replace", ["--freeze", "--tuned"]), ("add", ["--freeze"]), ("add", ["--tuned"])],
+    ("saved", "reason"),
+    [
+        (nn.Linear(2, 2).state_dict(), "no VGG16"),
+        ([1], "no VGG16"),
+        ({1: torch.zeros(2)}, "no VGG16"),
+        ({"features.0.weight": torch.zeros(64, 3, 3, 3)}, "no VGG16 for this --head"),
+        (nn.Linear(2, 2), "code"),
+    ],
 )
-def test_both_heads_frozen_or_not_save_resume_exactly_and_predict(tmp_path, folder, head, freeze):
-    args = ["--data", folder, "--weights", "none", "--head", head, *freeze, "--size", 32, "--batch-size", 8]
-    args += ["--limit-batches", 4]
-    run(SCRIPT, *args, "--epochs", 3, "--out", "unbroken", cwd=tmp_path, before=first_blocks)
-    run(
-        SCRIPT,
-        *args,
-        "--epochs",
-        3,
-        "--out",
-        "broken",
-        cwd=tmp_path,
-        before=stop_after_two_epochs,
-        status=130,
-    )
-    run(SCRIPT, "--resume", "--out", "broken", cwd=tmp_path, before=first_blocks)
-    one, other = (common.load_checkpoint(tmp_path / name / "last.pt") for name in ("unbroken", "broken"))
-    for name in one["model"]:
-        assert torch.equal(one["model"][name], other["model"][name])
-    if "--freeze" in freeze:
-        torch.manual_seed(0)
-        first_blocks()
-        start = vgg_transfer.VGG(3, head).state_dict()
-        assert all(torch.equal(one["model"][name], start[name]) == (name[:4] != "head") for name in start)
-    picture = folder / "test/ball/0.png"
-    out, _ = run("predict.py", "broken/best.pt", picture, cwd=tmp_path, before=first_blocks)
-    assert out.startswith(f"{picture}: ")
-
-
-def stop_after_two_epochs():
-    first_blocks()
-    whole = common.train_one_epoch
-
-    def train_one_epoch(model, data, loss_fn, optimizer, args, epoch, *more):
-        if epoch == 3:
-            raise KeyboardInterrupt
-        return whole(model, data, loss_fn, optimizer, args, epoch, *more)
-
-    common.train_one_epoch = train_one_epoch
-
-
-def draw_two_tasks(root):
-    """Folders of drawn digits: many 0 to 4, and a few 5 to 9."""
-    for i, (image, label) in enumerate(FEW[32, 3]):
-        if label < 5 or i not in range(300, 1400):
-            task, part = "many" if label < 5 else "few", "train" if i < 1400 else "test"
-            file = root / task / part / str(label) / f"{i}.png"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            cv2.imwrite(str(file), image)
-
-
-@slow
-def what_was_learnt_on_one_task_helps_with_another(cwd):
-    def train(task, weights, *flags):
-        args = ["--data", task, "--weights", weights, "--size", 32, "--batch-size", 32, *flags]
-        run(SCRIPT, *args, "--out", "run", cwd=cwd, before=first_blocks)
-        return accuracy(cwd / "run")
-
-    draw_two_tasks(cwd)
-    head_alone = ("--freeze", "--epochs", 10, "--lr", 0.02)
-    from_random = train("few", "none", *head_alone)
-    assert train("many", "none", "--epochs", 10, "--lr", 0.01) > 0.9
-    (cwd / "run").rename(cwd / "trained")
-    from_many = train("few", "trained/best.pt", *head_alone)
-    before = common.load_checkpoint(cwd / "run/last.pt")
-    args = ("--resume", "--epochs", 12, "--out", "run")  # on the features of the same backbone
-    run(SCRIPT, *args, cwd=cwd, before=first_blocks)
-    after = common.load_checkpoint(cwd / "run/last.pt")
-    plain = common.load_checkpoint(cwd / "trained/best.pt")["model"]
-    torch.save({f"module.{name}": value for name, value in plain.items()}, cwd / "plain.pt")
-    return from_random, from_many, train("few", "plain.pt", *head_alone), before, after
-
-
-def test_what_was_learnt_on_one_task_helps_with_another(done):
-    from_random, from_many, from_plain, before, after = done
-    assert from_many > from_random + 0.3
-    assert from_plain > from_random + 0.1  # with ImageNet's normalisation
-    assert after["history"][10]["train_loss"] < 1.1 * before["history"][9]["train_loss"]  # 2.35 on others
-    backbone = [name for name in before["model"] if not name.startswith("head.")]
-    assert all(torch.equal(after["model"][name], before["model"][name]) for name in backbone)
-
-
-def test_the_backbone_sees_every_image_once_and_is_not_in_training():
-    seen = []
-
-    class Model(nn.Module):
-        head = nn.Linear(3, 2)
-
-        def backbone(self, images):
-            assert not self.training
-            seen.append(len(images))
-            return images.mean((2, 3))
-
-    images = torch.randint(256, (150, 32, 32, 3), dtype=torch.uint8)
-    data = common.ImageDataset(images, torch.arange(150) % 2, common.Spec(["a", "b"], 32))
-    args = types.SimpleNamespace(device=torch.device("cpu"), amp=False, quiet=True)
-    cached = vgg_transfer.cache_features(Model(), data, args)
-    for order in (torch.arange(150), torch.randperm(150)):
-        for indices, features, labels in common.load_batches(cached, order.split(11), args):
-            torch.testing.assert_close(features, data.normalize(data[indices][0]).mean((2, 3)))
-            assert torch.equal(labels, data.labels[indices])
-    assert sum(seen) == 150
-
-
-def test_a_downloaded_data_set_takes_another_size_image_by_image(monkeypatch):
-    monkeypatch.setattr(common, "IN_MEMORY", 0)
-    rng, spec = np.random.default_rng(0), common.Spec(["a", "b"], 48)
-    pairs = [(rng.integers(256, size=(32, 32, 3), dtype=np.uint8), i % 2) for i in range(12)]
-    data = common.load_images(pairs, spec, types.SimpleNamespace(quiet=True, skip_bad=False))
-    assert not data.in_memory and data[torch.tensor([1, 2])][0].shape == (2, 3, 48, 48)
-    expected = torch.from_numpy(cv2.resize(pairs[5][0], (48, 48)))
-    assert torch.equal(data[5][0].movedim(0, -1), expected)
-
-
-def test_grey_photos_become_what_colour_weights_expect(tmp_path):
-    for i in range(16):
-        picture = tmp_path / f"grey/{('train', 'test')[i % 2]}/{'ab'[i // 2 % 2]}/{i}.png"
-        picture.parent.mkdir(parents=True, exist_ok=True)
-        cv2.imwrite(str(picture), np.full((40, 50), 10 * i, np.uint8))
-    args = ("--data", "grey", "--size", 32, "--epochs", 1)
-    run(SCRIPT, *args, "--weights", "none", "--out", "a", cwd=tmp_path, before=first_blocks)
-    run(SCRIPT, *args, "--weights", "a/best.pt", "--freeze", "--out", "b", cwd=tmp_path, before=first_blocks)
-    plain = common.load_checkpoint(tmp_path / "a/best.pt")["model"]
-    for out, zipped in ("c", True), ("d", False):  # not: as PyTorch wrote before 1.6, torchvision's VGG16 too
-        torch.save(plain, tmp_path / "plain.pt", _use_new_zipfile_serialization=zipped)
-        run(SCRIPT, *args, "--weights", "plain.pt", "--out", out, cwd=tmp_path, before=first_blocks)
-    for out in "abcd":
-        assert common.load_checkpoint(tmp_path / out / "last.pt")["spec"]["channels"] == 3
-        run("predict.py", f"{out}/best.pt", "grey/test/a/1.png", cwd=tmp_path, before=first_blocks)
-
-
-def test_other_weights_are_refused_in_one_line(tmp_path, folder):
-    args = ("--data", folder, "--size", 32, "--epochs", 1)
-    torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "linear.pt")
-    torch.save([1], tmp_path / "list.pt")
-    torch.save({1: torch.zeros(2)}, tmp_path / "number.pt")
-    wrong = {
-        "linear.pt": "features.0.weight",
-        "number.pt": "features.0",
-        "list.pt": "features.0",
-        "no.pt": "No such file",
-    }
-    for name, part in wrong.items():
-        _, err = run(SCRIPT, *args, "--weights", name, cwd=tmp_path, status=2, before=first_blocks)
-        one_error_line(err, name, part)
-    _, err = run(SCRIPT, *args, "--size", 31, cwd=tmp_path, status=2)
-    one_error_line(err, "--size", "31", "32")
+def test_what_is_no_vgg16_is_refused(folder, saved, reason):
+    torch.save(saved, "other.pt")
+    with pytest.raises(common.UserError, match=reason) as refused:
+        train(folder, "--weights other.pt")
+    assert "other.pt" in str(refused.value)
