@@ -769,7 +769,7 @@ class Run:
             "training_images": len(train_set),
             "optimizer": type(optimizer).__name__,
             "scheduler": type(scheduler).__name__,
-            "epochs of its schedule": args.tuned and args.epochs,
+            "epochs of its schedule": isinstance(scheduler, OneCycleLR) and args.epochs,
         }
         self.tested_on = "validation" if args.holdout and not args.test_only else "test"
         self.lock = None
@@ -1045,19 +1045,23 @@ def report(run, test_set, evaluate):
             run.history, run.losses, predictions, test_set, run.tested_on, run.folder
         )
 
-    print(f"\n{run.tested_on} images by class, best.pt:")
-    print(f"  {'class':<20}{'precision':>10}{'recall':>10}{'F1':>10}{'images':>10}")
+    print(
+        f"\n{run.tested_on} images by class, best.pt:\n"
+        f"  {'class':<20}{'precision':>10}{'recall':>10}{'F1':>10}{'images':>10}"
+    )
     for name, values in zip(classes, predictions.by_class(len(classes)), strict=True):
         name = readers.printable(name)[:19]
         print("  {:<20}{:>10.4f}{:>10.4f}{:>10.4f}{:>10,.0f}".format(name, *values))
-    epoch = run.best()["epoch"]
-    print(f"best epoch: {epoch}, {run.tested_on} accuracy {predictions.accuracy():.4f}")
-    print(f"run folder: {run.folder}")
+    print(
+        f"best epoch: {run.best()['epoch']}, {run.tested_on} accuracy "
+        f"{predictions.accuracy():.4f}\nrun folder: {run.folder}"
+    )
     script = Path(run.args.script)
     command = ["python", os.path.relpath(HERE / "predict.py"), str(run.folder / "best.pt")]
     if script.stem not in RECIPES or script.resolve().parent != HERE:
         command += ["--recipe", os.path.relpath(script)]
-    print(f"classify: {shlex.join(command)} IMAGE...")
+    if script.suffix:  # none, in one's own code
+        print(f"classify: {shlex.join(command)} IMAGE...")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import importlib
 import re
 import shlex
 import shutil
+import sys
 from pathlib import Path
 from unittest import mock
 
@@ -44,6 +45,7 @@ def reader(folder, monkeypatch, tmp_path):
     monkeypatch.setattr(figures, "draw_samples", mock.Mock())
     monkeypatch.setattr(figures, "draw_results", mock.Mock())
     monkeypatch.syspath_prepend(tmp_path)  # for my_net.py
+    monkeypatch.delitem(sys.modules, "my_net", raising=False)  # another test's
 
 
 def run_line(line):
