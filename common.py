@@ -71,11 +71,18 @@ def cli(main):
     except (UserError, OSError) as error:
         message = f"error: {error}"
     if message:
-        print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
+        sys.stderr.write(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}\n")
+    leave(status)
+
+
+def leave(status):
+    """End the process."""
     try:
         sys.stdout.flush()
     except BrokenPipeError:  # `| head` has seen enough; Python would try again, and complain
         os._exit(141)
+    if "RANK" in os.environ:  # at an orderly end, threads of Gloo sometimes abort the process
+        os._exit(status)
     sys.exit(status)
 
 
@@ -256,11 +263,6 @@ def all_reduce(tensor):
     return tensor
 
 
-def barrier():
-    if dist.is_initialized():
-        dist.barrier()
-
-
 def on_main_process(action, *arguments):
     """Call `action` on the main process. A UserError or OSError there is raised on all of them."""
     problem = [None]
@@ -391,14 +393,15 @@ def load_data(args, dataset, channels=3, mean=0.5, std=0.5, crop=0.0):
     spec = Spec([], args.size, channels, mean, std, crop)
     if args.test_only:
         spec = Spec(**load_saved(args)["spec"])
-    is_first = os.environ.get("LOCAL_RANK", "0") == "0"
-    if not is_first:
-        barrier()  # until the first process of this machine has downloaded
-    try:
-        spec.classes, parts = readers.read_data(args, dataset, spec)
-    finally:
-        if is_first:
-            barrier()
+    found = []
+
+    def read():
+        found.extend(readers.read_data(args, dataset, spec))
+
+    on_main_process(read)  # which may download
+    if not found:
+        read()
+    spec.classes, parts = found
     sets = [load_images(part, spec, args) for part in parts]
     return sets[0], sets[-1]
 

@@ -27,7 +27,7 @@ def start(script, *args, cwd, **options):
 
 
 def run(script, *args, cwd, status=0, **options):
-    """Run a script in a process of its own; returns (stdout, stderr). Fails if it exits so not."""
+    """Run a script in its own process; returns (stdout, stderr). Its exit status has to be this."""
     process = start(script, *args, cwd=cwd, **options)
     out, err = process.communicate(timeout=120)
     assert process.returncode == status, f"exited with {process.returncode}\n{out}\n{err}"

@@ -123,7 +123,7 @@ SAME_IN_TWO_PROCESSES = [  # what looks at images one by one, and draws nothing 
     stop_after_two_epochs_that_are_no_better,
     clip_gradients_of_two_batches,
     measure_the_mean_recall,
-    unfreeze_from_epoch_3_on,  # fails: DDP averages what was not frozen when `fit` began, no more
+    unfreeze_from_epoch_3_on,
 ]
 OTHERS = [weigh_the_classes, lower_the_rate_on_a_plateau_and_augment, normalize_batches]
 EDITS = [*SAME_IN_TWO_PROCESSES, *OTHERS]
