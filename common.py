@@ -139,7 +139,7 @@ def make_parser(file, description, tuned, min_size=1, **defaults):
     add("--seed", type=count_or_0, default=0, help="of everything that is random")
     add("--holdout", type=count_or_0, default=0, help="validate on N training images")
     add("--amp", action=argparse.BooleanOptionalAction, help="bfloat16; with --tuned if fast")
-    add("--compile", action="store_true", help="train with torch.compile, on a GPU")
+    add("--compile", action="store_true", help="torch.compile, which pays on a GPU")
     add("--data-parallel", action="store_true", help="one process, all GPUs: see multi_gpu.py")
     add("--limit-batches", type=count, help="use N batches of the data: a quick check")
     add("--skip-bad", action="store_true", help="leave unreadable images out")
@@ -194,11 +194,10 @@ def settings(**changed):
     for name, value in changed.items():
         if name not in parser.parse_args([]):
             raise TypeError(f"settings() got an unexpected keyword argument '{name}'")
-        flag = f"--{name.replace('_', '-')}"
-        if value is True:
-            argv.append(flag)
-        elif value is not None and value is not False:
-            argv.append(f"{flag}={value}")
+        if isinstance(value, bool):
+            parser.set_defaults(**{name: value})
+        elif value is not None:
+            argv.append(f"--{name.replace('_', '-')}={value}")
     return parse_args(parser, argv, {})
 
 
@@ -289,7 +288,7 @@ def parallelize(model, args):
         model = model.module
     if get_world_size() > 1:
         model = DistributedDataParallel(model)
-    elif args.data_parallel:
+    elif args.data_parallel and args.device.type == "cuda":
         model = DataParallel(model)  # splits each batch over this process's GPUs
     return model
 
@@ -305,10 +304,8 @@ class ImageDataset(Dataset):
     """
 
     def __init__(self, images, labels, spec, files=None):
-        labels = torch.as_tensor(labels)
-        check_labels(labels, spec)
         self.images = images
-        self.labels = labels.long()
+        self.labels = check_labels(labels, spec)
         self.spec = spec
         self.files = files
         self.normalize = Normalize(spec)
@@ -342,7 +339,7 @@ class ImageDataset(Dataset):
         return self.images.index_select(0, indices)  # 18 times as fast as images[indices]
 
     def load(self, batches):
-        """Yield the batches that these indices are, for `load_batches`."""
+        """Yield (images, labels) for each batch of indices."""
         for indices in batches:
             yield self[indices]
 
@@ -376,10 +373,12 @@ class StreamedImageDataset(ImageDataset):
 
 
 def check_labels(labels, spec):
-    integers = not labels.is_floating_point() and labels.dtype != torch.bool
+    """Labels as int64 (N,). Raises UserError where they are no indices of classes."""
+    labels = torch.as_tensor(labels)
     last = len(spec.classes) - 1
+    integers = not labels.is_floating_point() and labels.dtype != torch.bool
     if labels.ndim == 1 and integers and (labels >= 0).all() and (labels <= last).all():
-        return
+        return labels.long()
     raise UserError(
         f"labels are {labels.dtype} {tuple(labels.shape)}, {labels[:5].tolist()} and so on, "
         f"and have to be integers (N,) from 0 to {last}"
@@ -459,10 +458,9 @@ class Normalize(nn.Module):
 
     def __init__(self, spec):
         super().__init__()
-        mean = torch.tensor(spec.mean)
         std = torch.tensor(spec.std)
         self.register_buffer("scale", (1 / (255 * std)).view(-1, 1, 1))
-        self.register_buffer("shift", (-mean / std).view(-1, 1, 1))
+        self.register_buffer("shift", (-torch.tensor(spec.mean) / std).view(-1, 1, 1))
 
     def forward(self, images):
         return images.float().mul(self.scale).add_(self.shift)
@@ -594,7 +592,7 @@ def progress_bar(steps, title, args, **options):
 
 
 def train_one_epoch(model, dataset, loss_fn, optimizer, args, epoch, scheduler=None, augment=None):
-    """Train on every image once. Returns columns of history.csv, and rows of loss.csv."""
+    """Train for one epoch. Returns columns of history.csv, and rows of loss.csv."""
     metrics = Metrics()
     model = parallelize(model, args)
     batches = shuffle(len(dataset), args, epoch)
@@ -629,10 +627,13 @@ class Predictions:
         right = self.labels[self.classes == self.labels].bincount(minlength=count)
         predicted = self.classes.bincount(minlength=count)
         images = self.labels.bincount(minlength=count)
-        precision = right / predicted.clamp(min=1)
-        recall = right / images.clamp(min=1)
-        f1 = 2 * right / (predicted + images).clamp(min=1)
-        return torch.stack([precision, recall, f1, images], 1).tolist()
+        columns = [
+            right / predicted.clamp(min=1),  # precision
+            right / images.clamp(min=1),  # recall
+            2 * right / (predicted + images).clamp(min=1),  # F1
+            images,
+        ]
+        return torch.stack(columns, 1).tolist()
 
 
 @torch.no_grad()  # without gradients evaluation takes half the time and a fraction of the memory
@@ -641,8 +642,8 @@ def evaluate(model, dataset, args):
     `predict.load_model` normalizes by itself, another one gets normalized images."""
     start = time.perf_counter()
     normalize = nn.Identity() if isinstance(model, Classifier) else dataset.normalize
-    indices = my_part(torch.arange(len(dataset)))
-    batches = indices.split(max(args.batch_size, 2**18 // dataset.spec.size**2))
+    batch_size = max(args.batch_size, 2**18 // dataset.spec.size**2)
+    batches = my_part(torch.arange(len(dataset))).split(batch_size)
     if dist.is_initialized():
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)  # each process has its own statistics of batch normalization
@@ -767,7 +768,10 @@ class Run:
         self.parts = {"model": model, "optimizer": optimizer}
         if scheduler:
             self.parts["scheduler"] = scheduler
-        self.settings = {name: v for name, v in vars(args).items() if name not in NOT_OF_THE_RUN}
+        self.settings = {}
+        for name, value in vars(args).items():
+            if name not in NOT_OF_THE_RUN:  # a path is not for a checkpoint
+                self.settings[name] = str(value) if isinstance(value, Path) else value
         self.facts = {
             "training_images": len(train_set),
             "optimizer": type(optimizer).__name__,
@@ -828,18 +832,14 @@ class Run:
         if self.args.skip_bad:
             may_change.append("training_images")
         for name, value in now.items():
-            old = before.get(name)
+            old = before.get(name, value)
             if name not in may_change and value != old:
                 raise UserError(
                     f"--resume cannot change {name} from {str(old)[:80]} to {str(value)[:80]}: "
                     "name another --out"
                 )
-        try:
-            for name, part in self.parts.items():
-                part.load_state_dict(saved[name])
-        except (KeyError, RuntimeError, ValueError) as error:
-            reason = readers.printable(str(error).split("\n\t")[:2][-1])  # the first of all
-            raise UserError(f"--resume needs the same network and optimizer: {reason}") from None
+        for name, part in self.parts.items():
+            load_state(part, saved[name])
         self.history = saved["history"]
         self.losses = saved["losses"]
         self.saved = len(self.history)
@@ -847,7 +847,7 @@ class Run:
     def save(self, row, losses, predictions):
         """Keep an epoch: its row of history.csv, and its rows of loss.csv."""
         if not math.isfinite(row["train_loss"] + row["test_loss"]):
-            raise UserError("the loss is not finite: try a smaller --lr")
+            raise UserError("the loss is not finite: start anew with a smaller --lr")
         self.history.append(row)
         self.losses.extend(losses)
         if row is self.best():
@@ -896,12 +896,6 @@ class Run:
         """The row of the highest accuracy; of several, the one with the lowest loss."""
         return max(self.history, key=lambda row: (row["test_accuracy"], -row["test_loss"]))
 
-    def load_best(self):
-        """The model of best.pt; the one that is trained stays as it is."""
-        model = copy.deepcopy(self.parts["model"])
-        model.load_state_dict(load_checkpoint(self.folder / "best.pt")["model"])
-        return model
-
     def kept(self):
         """What the run folder has of this run, and how to go on, in words."""
         if not self.saved or not (self.folder / "last.pt").exists():
@@ -910,6 +904,14 @@ class Run:
             f"; {self.saved} of {self.args.epochs} epochs are saved in {self.folder}, "
             f"continue with --resume --out {shlex.quote(str(self.folder))}"
         )
+
+
+def load_state(part, state):
+    try:
+        part.load_state_dict(state)
+    except (KeyError, RuntimeError, ValueError) as error:
+        reason = readers.printable(str(error).split("\n\t")[:2][-1])  # the first of all
+        raise UserError(f"this is another network or optimizer than the run's: {reason}") from None
 
 
 def lock_folder(folder):
@@ -1032,7 +1034,9 @@ def print_layers(model, image):
 def report(run, test_set, evaluate):
     """Write predictions.csv, draw the results, print a table of the classes and how to predict."""
     if run.predictions is None:  # best.pt is of an earlier command
-        _, run.predictions = evaluate(run.load_best(), test_set, run.args)
+        model = copy.deepcopy(run.parts["model"])  # that one stays as it is
+        load_state(model, load_checkpoint(run.folder / "best.pt")["model"])
+        _, run.predictions = evaluate(model, test_set, run.args)
     if not is_main_process():
         return
     classes = run.spec.classes
@@ -1053,14 +1057,13 @@ def report(run, test_set, evaluate):
         f"  {'class':<20}{'precision':>10}{'recall':>10}{'F1':>10}{'images':>10}"
     )
     for name, values in zip(classes, predictions.by_class(len(classes)), strict=True):
-        name = readers.printable(name)[:19]
-        print("  {:<20}{:>10.4f}{:>10.4f}{:>10.4f}{:>10,.0f}".format(name, *values))
+        print("  {:<20}{:>10.4f}{:>10.4f}{:>10.4f}{:>10,.0f}".format(name[:19], *values))
     print(
         f"best epoch: {run.best()['epoch']}, {run.tested_on} accuracy "
         f"{predictions.accuracy():.4f}\nrun folder: {run.folder}"
     )
     script = Path(run.args.script)
-    command = ["python", os.path.relpath(HERE / "predict.py"), str(run.folder / "best.pt")]
+    command = ["python", os.path.relpath(HERE / "predict.py"), f"{run.folder}/best.pt"]
     if script.stem not in RECIPES or script.resolve().parent != HERE:
         command += ["--recipe", os.path.relpath(script)]
     if script.suffix:  # none, in one's own code

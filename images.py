@@ -3,6 +3,7 @@
 import io
 import os
 import struct
+import warnings
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -145,5 +146,7 @@ def read_images(sources, spec):
             return UserError(error)
 
     chunk = min(16, len(sources) // os.cpu_count() // 2 + 1)  # a task costs as much as a small file
-    with ThreadPool() as pool:  # OpenCV and Pillow release Python's global lock
+    # OpenCV and Pillow release Python's global lock; Pillow's warnings name no file.
+    with ThreadPool() as pool, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         yield from pool.imap(read, sources, chunk)

@@ -7,6 +7,7 @@ python quick_cifar.py --activation relu                 # which the source has n
 python quick_cifar.py --data drawn --tuned --epochs 3   # no download
 """
 
+import copy
 import importlib.util
 import warnings
 from functools import partial
@@ -54,7 +55,7 @@ def log_images(writer, epoch, model, dataset, device):
         writer.add_images("images", images.cpu())
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it traces with what PyTorch calls deprecated
-            writer.add_graph(model, x)
+            writer.add_graph(copy.deepcopy(model), x)  # which is not compiled
     for number, layer in enumerate(getattr(model, "features", ())):  # none in another network
         name = f"layer {number} {type(layer).__name__}"
         for when, maps in (("before", x), ("after", layer(x))):  # (1, C, H, W)

@@ -121,8 +121,9 @@ def load_parameters(model, state, with_head, name):
     try:
         model.load_state_dict({key: state[key] for key in names}, strict=False)
     except (KeyError, RuntimeError, TypeError) as error:
-        reason = str(error)[:200]
-        raise common.UserError(f"--weights {name} is no VGG16 for this --head: {reason}") from None
+        raise common.UserError(
+            f"--weights {name} is no VGG16 for this --head: {str(error)[:200]}"
+        ) from None
 
 
 def imagenet_state():
@@ -130,8 +131,10 @@ def imagenet_state():
     try:
         return IMAGENET.get_state_dict(check_hash=True)
     except Exception as error:  # no network, or half a file in the cache
-        ways = f"put {IMAGENET.url} into {torch.hub.get_dir()}/checkpoints, or use --weights none"
-        raise common.UserError(f"no ImageNet weights ({error}): {ways}") from None
+        raise common.UserError(
+            f"no ImageNet weights ({error}): put {IMAGENET.url} into "
+            f"{torch.hub.get_dir()}/checkpoints, or use --weights none"
+        ) from None
 
 
 def build_model(spec, args):
@@ -144,7 +147,7 @@ def has_photos(args):
     root = Path(args.data)
     if any((root / name).exists() for name in ("train", "train.csv", "test", "test.csv")):
         return True
-    return args.holdout > 0 and root.is_dir() and not (root / "cifar-10-batches-py").exists()
+    return args.holdout > 0 and common.readers.has_class_folders(root)
 
 
 def parse_args(argv=None):
@@ -176,7 +179,7 @@ def main(argv=None):
     if state is not None:
         same_classes = classes == train_set.spec.classes
         load_parameters(model, state, same_classes, args.weights)
-        if same_classes and not args.resume:
+        if same_classes and not (args.resume or args.test_only):
             print(f"--weights {args.weights}: its head is kept, since the classes are the same")
     del state
     loss_fn = nn.CrossEntropyLoss()
