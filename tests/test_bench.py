@@ -56,12 +56,6 @@ def test_quick_is_offline_prints_80_columns_and_writes_json(monkeypatch, capsys,
     assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
 
 
-def test_every_recipe_hands_over_what_is_trained():
-    for name in bench.TARGETS:
-        run = bench.capture(name, "--data=drawn", "--limit-batches=1")
-        assert bench.train_epoch(run) > 0
-
-
 def test_streaming_is_compared_with_reading_and_with_the_device_alone(monkeypatch):
     monkeypatch.setattr(bench, "WORKERS", (1,))
     rows = bench.streaming("5 ms", TINY)
@@ -91,12 +85,3 @@ def test_prediction_and_growth(in_process):
     row = bench.grow("lenet_cifar", 300, [])
     assert row["s per 1,000"] == pytest.approx(row["seconds"] / 0.3)
     assert row.get("memory, MiB", 100) >= 100
-
-
-def test_start_ends_after_the_first_step(monkeypatch, tmp_path, folder):
-    monkeypatch.setattr(bench, "take_turns", lambda unit, ways, rounds: ways["first step"]())
-    tiny = SimpleNamespace(rounds=1, flags=[f"--data={folder}"])
-    assert 0.1 < bench.start("lenet_cifar", tiny) < 60
-    with pytest.raises(SystemExit) as stop:
-        bench.run_python("-c", "import sys; sys.exit(2)")
-    assert stop.value.code == 2

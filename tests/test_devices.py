@@ -48,8 +48,8 @@ def test_training_and_evaluation_mix_no_devices(folder, monkeypatch, recipe, fla
     args.device = CUDA
     place = CUDA if args.amp else torch.device("cpu")
     monkeypatch.setattr(common, "all_reduce", stop)
-    for name in ("describe", "check_labels"):  # they look at numbers
-        monkeypatch.setattr(common, name, lambda *options: None)
+    monkeypatch.setattr(common, "describe", lambda *options: None)  # they look at numbers
+    monkeypatch.setattr(common, "check_labels", lambda labels, spec: labels)
     monkeypatch.setattr(torch.Tensor, "backward", lambda loss: None)
     with FakeTensorMode(allow_non_fake_inputs=True):
         images = torch.zeros(data.images.shape, dtype=torch.uint8, device=place)
