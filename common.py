@@ -49,7 +49,8 @@ def cli(main):
     after SIGTERM. The error is one line on stderr."""
     signal.signal(signal.SIGINT, interrupt)
     signal.signal(signal.SIGTERM, interrupt)
-    sys.stdout.reconfigure(errors="backslashreplace")  # for names that it cannot encode
+    # For names that it cannot encode, and so that each line is seen at once.
+    sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     message = ""
     status = 2
     try:
@@ -61,7 +62,7 @@ def cli(main):
         if dist.is_initialized():
             dist.destroy_process_group()
         status = 0
-    except BrokenPipeError:
+    except BrokenPipeError:  # `| head` has seen enough
         status = 141
     except KeyboardInterrupt as stop:
         status = 128 + (SIGNALS or [2])[0]
@@ -72,17 +73,8 @@ def cli(main):
         message = f"error: {error}"
     if message:
         sys.stderr.write(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}\n")
-    leave(status)
-
-
-def leave(status):
-    """End the process."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:  # `| head` has seen enough; Python would try again, and complain
-        os._exit(141)
-    if "RANK" in os.environ:  # at an orderly end, threads of Gloo sometimes abort the process
-        os._exit(status)
+    if status == 141 or "RANK" in os.environ:
+        os._exit(status)  # an orderly end would write again; threads of Gloo may abort it
     sys.exit(status)
 
 
@@ -163,6 +155,8 @@ def parse_args(parser, argv, tuned):
         parser.set_defaults(limit_batches=None)  # the whole test set
 
     args = parser.parse_args(argv)
+    if args.resume and not saved:
+        print(f"there is no last.pt in {args.out}: a new run begins")
     args.resume = bool(saved) and not args.test_only
     if args.test_only:
         args.epochs = 0
@@ -179,11 +173,15 @@ def load_saved(args):
     if args.test_only:
         return load_checkpoint(Path(args.out, "best.pt"))
     last = Path(args.out, "last.pt")
-    resume = args.resume
-    if last.exists() and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
-        resume = resume or load_file(last).get("job") == JOB  # and not an earlier run's
-    if last.exists() and resume:
+    if args.resume and last.exists():
         return load_checkpoint(last)
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        try:
+            saved = load_checkpoint(last)
+        except (UserError, OSError):
+            return None
+        if saved["job"] == JOB:  # and not an earlier run's
+            return saved
     return None
 
 
@@ -312,7 +310,9 @@ class ImageDataset(Dataset):
         self.check_images()
 
     def check_images(self):
-        self.images = images = torch.as_tensor(self.images)
+        # In this order in memory a batch is read in a tenth of the time that others take.
+        self.images = images = torch.as_tensor(self.images).contiguous()
+        self.labels = self.labels.to(images.device)
         shape = (len(self), self.spec.size, self.spec.size, self.spec.channels)
         if images.dtype != torch.uint8 or images.shape != shape:
             raise UserError(
@@ -642,7 +642,8 @@ def evaluate(model, dataset, args):
     `predict.load_model` normalizes by itself, another one gets normalized images."""
     start = time.perf_counter()
     normalize = nn.Identity() if isinstance(model, Classifier) else dataset.normalize
-    batch_size = max(args.batch_size, 2**18 // dataset.spec.size**2)
+    # 192 images of 32x32: larger outputs of a layer would be got from the system anew each time.
+    batch_size = max(args.batch_size, 3 * 2**16 // dataset.spec.size**2)
     batches = my_part(torch.arange(len(dataset))).split(batch_size)
     if dist.is_initialized():
         for buffer in model.buffers():
@@ -883,8 +884,7 @@ class Run:
             f"{row['epoch']:>3}/{self.args.epochs:<3}"
             f"{row['train_loss']:>11.4f}{row['train_accuracy']:>10.4f}"
             f"{row['test_loss']:>17.4f}{row['test_accuracy']:>10.4f}"
-            f"{row['train_seconds']:>9.1f}{row['images_per_second']:>10,.0f}",
-            flush=True,
+            f"{row['train_seconds']:>9.1f}{row['images_per_second']:>10,.0f}"
         )
         if self.writer:
             for step, loss in losses:
@@ -898,7 +898,7 @@ class Run:
 
     def kept(self):
         """What the run folder has of this run, and how to go on, in words."""
-        if not self.saved or not (self.folder / "last.pt").exists():
+        if not self.saved:
             return ""
         return (
             f"; {self.saved} of {self.args.epochs} epochs are saved in {self.folder}, "
@@ -967,9 +967,9 @@ def load_file(path):
                 if any(part.compress_type for part in file.infolist()) or file.testzip():
                     raise ValueError
         return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception:  # damaged bytes can raise anything
+    except Exception as error:  # damaged bytes can raise anything
+        if getattr(error, "filename", ""):  # the system's, which says what is wrong
+            raise
         raise UserError(f"{path} is no checkpoint, or damaged, or has code in it") from None
 
 
@@ -994,8 +994,8 @@ def describe(run, model, train_set, test_set, augment):
     if args.test_only:
         return
     if not args.quiet:
-        shape = (1, spec.channels, spec.size, spec.size)
-        print_layers(model, torch.zeros(shape, device=args.device))
+        image = torch.zeros(1, spec.channels, spec.size, spec.size, device=args.device)
+        print_layers(model, image)
     count = sum(parameter.numel() for parameter in model.parameters())
     precision = "bfloat16" if args.amp else "float32"
     print(
@@ -1062,10 +1062,11 @@ def report(run, test_set, evaluate):
         f"best epoch: {run.best()['epoch']}, {run.tested_on} accuracy "
         f"{predictions.accuracy():.4f}\nrun folder: {run.folder}"
     )
-    script = Path(run.args.script)
-    command = ["python", os.path.relpath(HERE / "predict.py"), f"{run.folder}/best.pt"]
-    if script.stem not in RECIPES or script.resolve().parent != HERE:
-        command += ["--recipe", os.path.relpath(script)]
+    here = f"{Path.cwd()}{os.sep}"
+    script = Path(run.args.script).resolve()
+    command = ["python", f"{HERE / 'predict.py'}".removeprefix(here), f"{run.folder}/best.pt"]
+    if script.stem not in RECIPES or script.parent != HERE:
+        command += ["--recipe", f"{script}".removeprefix(here)]
     if script.suffix:  # none, in one's own code
         print(f"classify: {shlex.join(command)} IMAGE...")
 

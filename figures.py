@@ -1,27 +1,26 @@
 """From arrays to figures: numbers and images in, a file out. The one module with matplotlib."""
 
+import logging
 import math
 import warnings
 
 import numpy as np
-from matplotlib import font_manager
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 # A letter is drawn in the first of these that is installed and has it: matplotlib's own, or one
 # with Chinese, Japanese or Korean.
-FONTS = (
-    "DejaVu Sans, Noto Sans CJK SC, WenQuanYi Zen Hei, SimHei, Malgun Gothic, PingFang SC, "
-    "Arial Unicode MS"
-)
+FONTS = ["DejaVu Sans", "Noto Sans CJK SC", "WenQuanYi Zen Hei", "SimHei", "Malgun Gothic"]
+FONTS += ["Yu Gothic", "PingFang SC", "Arial Unicode MS"]
 
 
 def save(figure, file):
     """Write a figure, in fonts that have the letters of its texts, or say that there are none."""
-    installed = font_manager.get_font_names()
-    fonts = [name for name in FONTS.split(", ") if name in installed]
+    # It would name each of FONTS that is not installed.
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
     for text in figure.findobj(Text):
-        text.set_fontfamily(fonts)
+        text.set_fontfamily(FONTS)
+        text.set_parse_math(False)  # a class may be called $1
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         figure.savefig(file)
@@ -42,7 +41,7 @@ def draw_grid(images, titles, heading, red=()):
         axes.set_axis_off()
         axes.imshow(image.movedim(0, -1).numpy(), cmap="gray", vmin=0, vmax=255)
         title = "\n".join(line[:15] for line in title.split("\n"))
-        axes.set_title(title, size=8, color="red" if i in red else "black", parse_math=False)
+        axes.set_title(title, size=8, color="red" if i in red else "black")
     return figure
 
 
@@ -100,8 +99,8 @@ def draw_confusion(predictions, classes, tested_on):
             axes.text(column, row, count, ha="center", va="center", color=color)
     ticks = range(0, cells, math.ceil(cells / 40))  # more names would overlap
     names = [classes[math.ceil(tick * len(classes) / cells)][:15] for tick in ticks]
-    axes.set_xticks(ticks, names, rotation=90, parse_math=False)
-    axes.set_yticks(ticks, names, parse_math=False)
+    axes.set_xticks(ticks, names, rotation=90)
+    axes.set_yticks(ticks, names)
     axes.set(xlabel="predicted class", ylabel=f"true class of {tested_on} images")
     return figure
 

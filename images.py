@@ -97,8 +97,10 @@ def decode_by_pillow(data):
         raise ValueError(DEEP)
     ImageOps.exif_transpose(image, in_place=True)
     if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image.convert("RGBA"))
+        image = image.convert("RGBA")
+        white = Image.new("RGB", image.size, "white")
+        white.paste(image, mask=image)
+        return np.array(white)
     return np.array(image.convert("RGB"))
 
 

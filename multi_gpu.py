@@ -30,7 +30,7 @@ class Demo(nn.Module):
     def forward(self, x):
         y = self.fc(x)
         sizes = f"input {list(x.shape)}, output {list(y.shape)}"
-        print(f"    in the model, on {x.device}: {sizes}", flush=True)
+        print(f"    in the model, on {x.device}: {sizes}")
         return y
 
 
@@ -43,7 +43,7 @@ def demo():
     for batch in torch.randn(100, 5, device=device).split(30):
         batch = common.my_part(batch)
         output = model(batch)
-        print(f"outside: input {list(batch.shape)}, output {list(output.shape)}", flush=True)
+        print(f"outside: input {list(batch.shape)}, output {list(output.shape)}")
 
 
 def main(argv=None):

@@ -1,6 +1,7 @@
 """From folders, tables and data sets to files and labels. What reads a file is in images.py."""
 
 import csv
+import inspect
 import os
 import re
 import socket
@@ -180,11 +181,11 @@ def read_rows(table):
         mark = max(",;\t", key=lines[0].count)
         for number, line in enumerate(lines, 1):  # an open quote would take all that follow
             reader = csv.reader([line], delimiter=mark, skipinitialspace=True, strict=True)
-            cells = [cell.strip() for cell in next(reader, [])]
+            cells = [cell.strip() for cell in next(reader)]
             if any(cells):
                 rows.append((number, cells))
     except (csv.Error, UnicodeDecodeError) as error:
-        raise UserError(f"{table}, line {number}: {error}: an open quote?") from None
+        raise UserError(f"{table}, line {number}: {error}: no UTF-8, or an open quote") from error
     return rows
 
 
@@ -197,7 +198,7 @@ def pick_columns(table, header, first, find):
     files = [keys.index(key) for key in FILE_COLUMNS.split() if key in keys]
     labels = [i for i, key in enumerate(keys) if key in LABEL_COLUMNS.split()]
     suffixes = {find(name).suffix.lower() for name in header}
-    if not files and not suffixes.isdisjoint(SUFFIXES.split()):
+    if not files and suffixes & {*SUFFIXES.split()}:
         raise UserError(f"{shown}, of which one is a file: put file,label above, as a header")
     if len(keys) == 2 and len(files + labels) < 2:
         files = files or [1 - i for i in labels] or [0]
@@ -316,7 +317,7 @@ def read_torchvision(root, dataset, name, args, left_out):
     from torchvision import datasets  # here, since it takes a second
 
     kind = getattr(datasets, dataset)
-    takes = kind.__init__.__annotations__
+    takes = inspect.signature(kind).parameters
     options = {}
     if "train" in takes:
         options["train"] = name == "train"
@@ -341,8 +342,8 @@ def has_class_folders(root):
 
 def refuse_own(root, name):
     """Raise UserError where a folder has anything of the user's, to which nothing is downloaded."""
-    known = TORCHVISION_FOLDERS.split()
-    own = [path for path in root.glob("*") if is_own(path.name) and path.name not in known]
+    own = {path for path in root.glob("*") if is_own(path.name)}
+    own -= {root / name for name in TORCHVISION_FOLDERS.split()}
     if not any(path.is_dir() or path.suffix.lower() in f"{SUFFIXES} .csv".split() for path in own):
         return
     images, others = find_images(root)
@@ -351,7 +352,7 @@ def refuse_own(root, name):
     if nested:
         hint = f"{name}/ is deeper: --data {nested[0].parent}"
     elif has_class_folders(root):
-        hint = "it has class folders: add --holdout N"
+        hint = "it has class folders: to train on them, add --holdout N"
     elif images:
         hint = f"{len(images)} images are in it, the first is {images[0]}"
     raise UserError(f"no {name}/<class>/ and no {name}.csv in {root}: {hint}")

@@ -156,9 +156,7 @@ def parse_args(argv=None):
     )
     add = parser.add_argument_group("transfer").add_argument
     add("--weights", default="imagenet", help="imagenet, none, a checkpoint or a state_dict")
-    add(
-        "--head", default="replace", choices=["replace", "add"], help="for the last layer, or to it"
-    )
+    add("--head", default="replace", choices=["replace", "add"], help="the last layer, or one more")
     add("--freeze", help="train the new layer alone", action="store_true")
     args = common.parse_args(parser, argv, TUNED)
     if args.size is None:
@@ -193,7 +191,8 @@ def main(argv=None):
         augment = partial(common.random_flip_and_crop, padding=args.size // 16, flip=flip)
     if args.freeze:
         augment = None
-        train_set = compute_features(model, train_set, args)
+        if not args.test_only:  # then it is the test set
+            train_set = compute_features(model, train_set, args)
         test_set = compute_features(model, test_set, args)
     return common.fit(model, train_set, test_set, loss_fn, optimizer, args, scheduler, augment)
 

@@ -114,6 +114,13 @@ def test_arrays_that_would_be_read_wrongly_are_refused(images, labels, part):
     assert common.ImageDataset(IMAGES, right, spec)[:][1].tolist() == [0, 1, 0, 1]
 
 
+def test_arrays_are_kept_in_the_order_that_is_fast_to_index():
+    channels_first = torch.zeros(4, 3, 8, 8, dtype=torch.uint8)
+    spec = common.Spec(["a", "b"], 8)
+    data = common.ImageDataset(channels_first.movedim(1, -1), [0, 1, 0, 1], spec)
+    assert data.images.is_contiguous()
+
+
 def test_normalization_is_torchvisions():
     spec = common.Spec(["a", "b"], 32, mean=[0.1, 0.2, 0.3], std=np.float64(0.25))
     images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
@@ -345,7 +352,7 @@ def test_one_cycle_takes_each_group_to_its_own_rate_and_none_below_0(epochs):
     assert min(scheduler.get_last_lr()) >= 0
 
 
-def test_after_epoch_gets_the_whole_run_after_a_resume_too_and_may_end_it():
+def test_after_epoch_gets_the_whole_run_after_a_resume_too_and_may_end_it(capsys):
     seen = []
 
     def after_epoch(run):
@@ -355,17 +362,7 @@ def test_after_epoch_gets_the_whole_run_after_a_resume_too_and_may_end_it():
     for _ in range(2):
         train(digits(32), "--epochs 9", after_epoch=after_epoch)
     assert seen == [[1], [1, 2], [1, 2, 3]]
-
-
-def test_what_ones_own_train_one_epoch_does_at_an_epoch_holds_after_a_resume():
-    def unfreeze(model, dataset, loss_fn, optimizer, args, epoch, *options):
-        model[1].weight.requires_grad = epoch >= 2
-        return common.train_one_epoch(model, dataset, loss_fn, optimizer, args, epoch, *options)
-
-    train(digits(32), "--epochs 3 --out whole", train_one_epoch=unfreeze)
-    for epochs in (2, 3):
-        train(digits(32), f"--epochs {epochs}", train_one_epoch=unfreeze)
-    assert fingerprint("a") == fingerprint("whole")
+    assert "there is no last.pt in a: a new run begins" in capsys.readouterr().out
 
 
 def test_settings_are_a_recipes_without_a_command_line():

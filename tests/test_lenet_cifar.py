@@ -58,7 +58,7 @@ def test_a_run_fills_its_folder_and_ends_with_a_table_of_the_classes(capsys):
 
 @pytest.mark.figures
 def test_without_matplotlib_a_run_has_no_figures_and_says_so_in_a_line(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     monkeypatch.delitem(sys.modules, "figures", raising=False)
     common.import_figures.cache_clear()
     main("--data drawn --epochs 1 --limit-batches 1")

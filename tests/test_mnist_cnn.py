@@ -109,17 +109,3 @@ def test_the_networks_have_the_sources_shapes():
     lenet5 = mnist_cnn.LeNet5(1, 28, 10)
     assert lenet5.fc1.in_features == 16 * 6 * 6
     assert lenet5(torch.zeros(5, 1, 28, 28)).shape == (5, 10)
-
-
-@pytest.fixture
-def trained():
-    """A network with all that is before it, and some images."""
-    train("--data drawn --limit-batches 1 --epochs 1")
-    model, _ = predict.load_model("runs/mnist_cnn/best.pt")
-    return model, torch.randint(256, (2, 1, 28, 28), dtype=torch.uint8)
-
-
-def test_the_trained_network_is_exported(trained):
-    model, images = trained
-    program = torch.export.export(model, (images,))
-    torch.testing.assert_close(program.module()(images), model(images))

@@ -1,6 +1,7 @@
 """What a user of predict.py may rely on."""
 
 import csv
+import importlib
 import io
 import pickle
 from pathlib import Path
@@ -13,7 +14,9 @@ import cv2
 import numpy as np
 import pytest
 import torch
+import torchvision
 from conftest import ROOT, draw
+from test_vgg_transfer import SmallVGG
 from torch import nn
 
 MY_NET = """
@@ -147,6 +150,7 @@ def test_checkpoints_that_are_none_are_refused_and_never_run(trained, folder, cl
         "foreign": saved(nn.Linear(1, 1).state_dict()),
         "old": saved({"format": "pytorch-image-recipes/0"}),
         "half": best[:middle],
+        "quarter": best[: middle // 2],
         "flipped": best[:middle] + bytes([best[middle] ^ 1]) + best[middle + 1 :],
         "empty": b"",
     }
@@ -196,3 +200,21 @@ def test_bad_use_is_one_line(trained, flags, reason, classify):
     with pytest.raises(common.UserError, match=reason) as refused:
         classify(trained / "best.pt", *flags.split())
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", common.RECIPES)
+@pytest.mark.filterwarnings("ignore")
+def test_the_network_of_every_recipe_is_exported(name, monkeypatch):
+    monkeypatch.setattr(torchvision.models, "vgg16", SmallVGG)
+    recipe = importlib.import_module(name)
+    args = recipe.parse_args(["--data", "drawn"])
+    train_set, _ = common.load_data(args, "CIFAR10", 1 if name == "mnist_cnn" else 3)
+    images, _ = train_set[:4]
+    model = nn.Sequential(train_set.normalize, recipe.build_model(train_set.spec, args)).eval()
+    program = torch.export.export(model, (images,))
+    torch.testing.assert_close(program.module()(images), model(images))
+    onnxruntime = pytest.importorskip("onnxruntime")
+    torch.onnx.export(model, (images,), "model.onnx", input_names=["input"])
+    session = onnxruntime.InferenceSession("model.onnx")
+    (logits,) = session.run(None, {"input": images.numpy()})
+    np.testing.assert_allclose(logits, model(images).detach(), atol=1e-4)
