@@ -1,6 +1,7 @@
 """From an image file to the array that a network takes."""
 
 import io
+import logging
 import os
 import struct
 import warnings
@@ -148,7 +149,8 @@ def read_images(sources, spec):
             return UserError(error)
 
     chunk = min(16, len(sources) // os.cpu_count() // 2 + 1)  # a task costs as much as a small file
-    # OpenCV and Pillow release Python's global lock; Pillow's warnings name no file.
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)  # its errors, as its warnings, name no file
+    # OpenCV and Pillow release Python's global lock.
     with ThreadPool() as pool, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield from pool.imap(read, sources, chunk)

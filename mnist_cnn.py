@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-TUNED = dict(batch_size=64, lr=0.003)
+TUNED = dict(batch_size=192, lr=0.01)
 
 
 class CNN(nn.Module):
@@ -114,7 +114,7 @@ def parse_args(argv=None):
     parser = common.make_parser(
         __file__, __doc__, TUNED, min_size=20, epochs=10, batch_size=256, lr=0.0002, size=28
     )
-    add = parser.add_argument_group("network and data set").add_argument
+    add = parser.add_argument
     add("--model", default="cnn", choices=NETWORKS, help="the network")
     add("--dataset", default="mnist", choices=["mnist", "fashion"], help="what is downloaded")
     return common.parse_args(parser, argv, TUNED)

@@ -66,8 +66,9 @@ def main(argv=None):
     elif common.get_world_size() == 1:
         print(f"DataParallel over {torch.cuda.device_count()} GPUs; torchrun is faster: --help")
     file = args.recipe if args.recipe.endswith(".py") else None
-    recipe = import_recipe(args.recipe, file)
-    return recipe.main(["--data-parallel", "--out", "runs/multi_gpu", *flags])
+    return import_recipe(args.recipe, file).main(
+        ["--data-parallel", "--out=runs/multi_gpu", *flags]
+    )
 
 
 if __name__ == "__main__":

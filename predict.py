@@ -55,7 +55,7 @@ def load_model(path, recipe=None, device="cpu", model=None):
             model = import_recipe(name, recipe).build_model(spec, settings)
         model.load_state_dict(checkpoint["model"])
     except (AttributeError, KeyError, RuntimeError) as error:
-        reason = printable(str(error))
+        reason = printable(error)
         raise UserError(f"{path} was made by {name}, with another network: {reason}") from None
     return common.Classifier(common.Normalize(spec), model).to(device).eval(), spec
 
@@ -72,8 +72,7 @@ def find_files(arguments, classes):
             if not files:
                 raise UserError(f"no images in {root}: their names end in .jpg, .png and the like")
             if left_out:
-                counts = ", ".join(f"{count} {suffix}" for suffix, count in left_out.items())
-                print(f"left out of {root}: {counts}")
+                print(f"left out of {root}: {readers.tell(left_out)}")
         elif not root.exists():  # a pattern, where the shell does not know them
             files = sorted(map(Path, glob.glob(argument))) or files
         for file in files:
@@ -132,46 +131,58 @@ def main(argv=None):
     device = common.pick_device(args.device)
     model, spec = load_model(args.checkpoint, args.recipe, device)
     pairs = find_files(args.images, spec.classes)
-    files = [file for file, _ in pairs]
-    table = []
-    drawn = []
-    red = []  # indices of the wrong ones among them
-    right = []
-    unreadable = 0
-    results = classify(model, spec, files, device)
+    found = []  # (file, label, (class, probability) pairs, the best first) of each image
+    images = []
+    results = classify(model, spec, [file for file, _ in pairs], device)
     for (file, label), (_, image, probabilities) in zip(pairs, results, strict=True):
         if isinstance(image, UserError):
             print(f"predict.py: error: {image}", file=sys.stderr)
-            unreadable += 1
             continue
         values, indices = probabilities.topk(min(args.top, len(spec.classes)))
         names = [spec.classes[i] for i in indices]
-        best = [f"{name} {value:.4f}" for name, value in zip(names, values, strict=True)]
-        print(f"{file}: {', '.join(best)}")
-        for rank, (name, value) in enumerate(zip(names, values, strict=True), 1):
-            table.append((file, rank, name, f"{value:.6f}"))
-        if label:
-            right.append(names[0] == label)
-        if len(drawn) < 64:  # more would not be legible
-            if label not in (None, names[0]):
-                red.append(len(drawn))
-            drawn.append((image, f"{file.name}\n{names[0]} {values[0]:.2f}"))
-    if right:
-        print_accuracy(right, len(files) - unreadable - len(right))
+        best = list(zip(names, values.tolist(), strict=True))
+        print(f"{file}:", ", ".join(f"{name} {value:.4f}" for name, value in best))
+        found.append((file, label, best))
+        if len(images) < 64:  # more would not be legible
+            images.append(image)
+    print_accuracy(found)
     if args.csv:
-        common.write_table(args.csv, ("file", "rank", "class", "probability"), table)
-    if args.figure and drawn:
-        images, titles = zip(*drawn, strict=True)
-        figures = common.import_figures()
-        heading = "What the network sees, its class and the probability; in red what is wrong"
-        figures.save(figures.draw_grid(images, titles, heading, red), args.figure)
-    sys.exit(2 if unreadable else 0)
+        write_csv(found, args.csv)
+    if args.figure and images:
+        draw(found[:64], images, args.figure)
+    sys.exit(2 if len(found) < len(pairs) else 0)
 
 
-def print_accuracy(right, others):
+def print_accuracy(found):
+    """How many images are of the class whose name their folder has."""
+    right = [best[0][0] == label for _, label, best in found if label]
+    if not right:
+        return
     print(f"{sum(right)} of {len(right)} right, {sum(right) / len(right):.4f}, by their folders")
-    if others:
-        print(f"{others} images are in no folder with a class's name")
+    if len(right) < len(found):
+        print(f"{len(found) - len(right)} images are in no folder with a class's name")
+
+
+def write_csv(found, path):
+    rows = []
+    for file, _, best in found:
+        for rank, (name, value) in enumerate(best, 1):
+            rows.append((file, rank, name, f"{value:.6f}"))
+    common.write_table(path, ("file", "rank", "class", "probability"), rows)
+
+
+def draw(found, images, path):
+    """Images as the network sees them; the titles of those that are wrong are red."""
+    titles = []
+    red = []
+    for i, (file, label, best) in enumerate(found):
+        name, value = best[0]
+        titles.append(f"{file.name}\n{name} {value:.2f}")
+        if label not in (None, name):
+            red.append(i)
+    heading = "What the network sees, its class and the probability; in red what is wrong"
+    figures = common.import_figures()
+    figures.save(figures.draw_grid(images, titles, heading, red), path)
 
 
 if __name__ == "__main__":

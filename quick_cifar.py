@@ -57,10 +57,10 @@ def log_images(writer, epoch, model, dataset, device):
             warnings.simplefilter("ignore")  # it traces with what PyTorch calls deprecated
             writer.add_graph(copy.deepcopy(model), x)  # which is not compiled
     for number, layer in enumerate(getattr(model, "features", ())):  # none in another network
-        name = f"layer {number} {type(layer).__name__}"
         for when, maps in (("before", x), ("after", layer(x))):  # (1, C, H, W)
             grid = make_grid(maps[0][:, None], normalize=True, scale_each=True)
-            writer.add_image(f"{name}/{when}", grid, epoch)
+            name = f"layer {number} {type(layer).__name__}/{when}"
+            writer.add_image(name, grid, epoch)
         x = layer(x)
 
 
@@ -68,7 +68,7 @@ def parse_args(argv=None):
     parser = common.make_parser(
         __file__, __doc__, TUNED, min_size=8, epochs=10, batch_size=64, lr=0.01, size=32
     )
-    add = parser.add_argument_group("network").add_argument
+    add = parser.add_argument
     add("--activation", default="none", help="after each pooling", choices=["none", *ACTIVATIONS])
     parser.set_defaults(save_every=1)
     parser.set_defaults(tensorboard=importlib.util.find_spec("tensorboard") is not None)
@@ -89,12 +89,13 @@ def main(argv=None):
     scheduler = augment = None
     if args.tuned:
         loss_fn = nn.CrossEntropyLoss(label_smoothing=0.1)
-        options = {"momentum": 0.95, "nesterov": True, "weight_decay": 0.0005}
-        optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, **options)
+        optimizer = torch.optim.SGD(
+            model.parameters(), lr=args.lr, momentum=0.95, nesterov=True, weight_decay=0.0005
+        )
         # Stepped after every batch; other schedulers are stepped as their documentation says.
         scheduler = common.one_cycle(optimizer, train_set, args)
-        flip = args.data != "drawn"  # a mirrored dog is a dog, a mirrored digit is none
-        augment = partial(common.random_flip_and_crop, padding=2, flip=flip)
+        # A mirrored dog is a dog, a mirrored digit is none.
+        augment = partial(common.random_flip_and_crop, padding=2, flip=args.data != "drawn")
 
     def after_epoch(run):
         if run.writer:

@@ -145,7 +145,7 @@ def build_model(spec, args):
 def has_photos(args):
     """Whether --data has images of one's own, and not CIFAR-10 or drawn ones."""
     root = Path(args.data)
-    if any((root / name).exists() for name in ("train", "train.csv", "test", "test.csv")):
+    if common.readers.find_parts(root, ["train", "test"]):
         return True
     return args.holdout > 0 and common.readers.has_class_folders(root)
 
@@ -154,7 +154,7 @@ def parse_args(argv=None):
     parser = common.make_parser(
         __file__, __doc__, TUNED, min_size=32, epochs=10, batch_size=64, lr=0.001
     )
-    add = parser.add_argument_group("transfer").add_argument
+    add = parser.add_argument
     add("--weights", default="imagenet", help="imagenet, none, a checkpoint or a state_dict")
     add("--head", default="replace", choices=["replace", "add"], help="the last layer, or one more")
     add("--freeze", help="train the new layer alone", action="store_true")
@@ -187,8 +187,10 @@ def main(argv=None):
     if args.tuned:
         # Stepped after every batch; other schedulers are stepped as their documentation says.
         scheduler = common.one_cycle(optimizer, train_set, args)
-        flip = args.data != "drawn"  # a mirrored dog is a dog, a mirrored digit is none
-        augment = partial(common.random_flip_and_crop, padding=args.size // 16, flip=flip)
+        # A mirrored dog is a dog, a mirrored digit is none.
+        augment = partial(
+            common.random_flip_and_crop, padding=args.size // 16, flip=args.data != "drawn"
+        )
     if args.freeze:
         augment = None
         if not args.test_only:  # then it is the test set
