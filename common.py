@@ -192,10 +192,13 @@ def settings(**changed):
     for name, value in changed.items():
         if name not in parser.parse_args([]):
             raise TypeError(f"settings() got an unexpected keyword argument '{name}'")
-        if isinstance(value, bool):
+        flag = f"--{name.replace('_', '-')}"
+        if value is True:
+            argv.append(flag)
+        elif value is False:
             parser.set_defaults(**{name: value})
         elif value is not None:
-            argv.append(f"--{name.replace('_', '-')}={value}")
+            argv.append(f"{flag}={value}")
     return parse_args(parser, argv, {})
 
 
@@ -206,8 +209,8 @@ def pick_device(name):
     """The device that `--device` names. Each process of a machine has a GPU of its own."""
     known = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     if torch.backends.mps.is_available() and get_world_size() == 1:
-        known.append("mps")
-    known.append("cpu")
+        known += ["mps"]
+    known += ["cpu"]
     if name == "auto":
         name = known[0].partition(":")[0]
     if name == "cuda":
@@ -477,8 +480,8 @@ def random_flip_and_crop(images, padding, flip=True):
     device = images.device
     shift = torch.randint(-padding, padding + 1, (2, n, 1), device=device)
     last = size - 1
-    index = last - (last - (torch.arange(size, device=device) + shift).abs()).abs()  # reflected
-    rows, columns = index  # (N, H): where those of the result come from
+    # (N, H): where those of the result come from, reflected at the edges
+    rows, columns = last - (last - (torch.arange(size, device=device) + shift).abs()).abs()
     if flip:
         flipped = torch.rand(n, 1, device=device) < 0.5
         columns = torch.where(flipped, last - columns, columns)
@@ -578,8 +581,8 @@ class Metrics:
 def progress_bar(steps, title, args, **options):
     """A tqdm bar, of the main process, in a terminal or a notebook."""
     hidden = args.quiet or not is_main_process()
-    if not hidden and "ipykernel" not in sys.modules:
-        hidden = None  # unless stderr is a terminal
+    if "ipykernel" not in sys.modules:
+        hidden = hidden or None  # None: unless stderr is a terminal
     return tqdm(
         steps,
         title,
@@ -738,7 +741,7 @@ def fit(
         report(run, test_set, evaluate)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(run.kept()) from None
-    except (UserError, OSError) as error:
+    except UserError as error:
         raise UserError(f"{error}{run.kept()}") from None
     finally:
         run.close()
@@ -811,8 +814,6 @@ class Run:
             (aside / "lock").unlink(missing_ok=True)
             folder.mkdir(exist_ok=True)
             self.lock = lock_folder(folder)
-        for leftover in folder.glob("*.tmp"):  # of a process that was killed
-            leftover.unlink()
         if self.args.tensorboard:
             self.writer = SummaryWriter(folder)
             self.writer.add_text("settings", str(self.settings))
@@ -884,7 +885,8 @@ class Run:
             f"{row['epoch']:>3}/{self.args.epochs:<3}"
             f"{row['train_loss']:>11.4f}{row['train_accuracy']:>10.4f}"
             f"{row['test_loss']:>17.4f}{row['test_accuracy']:>10.4f}"
-            f"{row['train_seconds']:>9.1f}{row['images_per_second']:>10,.0f}"
+            f"{row['train_seconds']:>9.1f}{row['images_per_second']:>10,.0f}",
+            flush=True,
         )
         if self.writer:
             for step, loss in losses:
@@ -1041,7 +1043,9 @@ def report(run, test_set, evaluate):
         return
     classes = run.spec.classes
     predictions = run.predictions
-    files = test_set.files or range(len(test_set))
+    files = test_set.files
+    if files is None:
+        files = range(len(test_set))
     labels = [classes[i] for i in predictions.labels.tolist()]
     predicted = [classes[i] for i in predictions.classes.tolist()]
     rows = zip(files, labels, predicted, predictions.probabilities.tolist(), strict=True)
@@ -1063,9 +1067,9 @@ def report(run, test_set, evaluate):
         f"{predictions.accuracy():.4f}\nrun folder: {run.folder}"
     )
     here = f"{Path.cwd()}{os.sep}"
-    script = Path(run.args.script).resolve()
+    script = Path(run.args.script).absolute()
     command = ["python", f"{HERE / 'predict.py'}".removeprefix(here), f"{run.folder}/best.pt"]
-    if script.stem not in RECIPES or script.parent != HERE:
+    if script.stem not in RECIPES or script.resolve().parent != HERE:
         command += ["--recipe", f"{script}".removeprefix(here)]
     if script.suffix:  # none, in one's own code
         print(f"classify: {shlex.join(command)} IMAGE...")

@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageOps
 
-FORMATS = "AVIF BMP GIF JPEG JPEG2000 PNG PPM TIFF WEBP"  # of Pillow
+FORMATS = "BMP GIF JPEG JPEG2000 PNG PPM TIFF WEBP AVIF"  # of Pillow; the last is new in 11.3
 DEEP = "one of the 16-bit images, which do not say what is white: convert it to 8 bits"
 DAMAGED = "it is cut off, or damaged"
 
@@ -34,6 +34,7 @@ class Spec:
     crop: float = 0.0  # side of a centered square, as a fraction of the shorter side; 0: no crop
 
     def __post_init__(self):
+        self.classes = [str(name) for name in self.classes]
         self.mean = np.asarray(self.mean, float).tolist()  # plain numbers, for a checkpoint
         self.std = np.asarray(self.std, float).tolist()
 
@@ -73,7 +74,7 @@ def is_plain_png(data):
         raise ValueError(DEEP)
     if color == 0 and depth < 8 and b"tRNS" in chunks:  # Pillow takes another gray for transparent
         raise ValueError("few bits and a transparent gray: convert it to 8 bits")
-    if color in (4, 6) or width * height > Image.MAX_IMAGE_PIXELS:  # alpha; Pillow refuses bombs
+    if color in (4, 6) or width * height > 2**26:  # alpha; Pillow refuses bombs
         return False
     return chunks.isdisjoint([b"tRNS", b"eXIf", b"iCCP"])  # OpenCV prints what it finds odd
 

