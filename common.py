@@ -65,7 +65,7 @@ def cli(main):
     except BrokenPipeError:  # `| head` has seen enough
         status = 141
     except KeyboardInterrupt as stop:
-        status = 128 + (SIGNALS or [2])[0]
+        status = 128 + [*SIGNALS, 2][0]
         message = f"stopped{stop}"
     except torch.OutOfMemoryError as error:
         message = f"error: {error}: try a smaller --batch-size"
@@ -194,11 +194,11 @@ def settings(**changed):
             raise TypeError(f"settings() got an unexpected keyword argument '{name}'")
         flag = f"--{name.replace('_', '-')}"
         if value is True:
-            argv.append(flag)
+            argv += [flag]
         elif value is False:
             parser.set_defaults(**{name: value})
         elif value is not None:
-            argv.append(f"{flag}={value}")
+            argv += [f"{flag}={value}"]
     return parse_args(parser, argv, {})
 
 
@@ -574,7 +574,7 @@ class Metrics:
         for part in steps.tensor_split(min(50, len(steps))):
             step += len(part)
             loss, _, images = part.sum(0).tolist()
-            curve.append((step, loss / images))
+            curve += [(step, loss / images)]
         return row, curve
 
 
@@ -832,7 +832,7 @@ class Run:
         now = {**self.settings, **self.facts, **asdict(self.spec)}
         may_change = [*MAY_CHANGE]
         if self.args.skip_bad:
-            may_change.append("training_images")
+            may_change += ["training_images"]
         for name, value in now.items():
             old = before.get(name, value)
             if name not in may_change and value != old:
@@ -851,11 +851,11 @@ class Run:
         if not math.isfinite(row["train_loss"] + row["test_loss"]):
             raise UserError("the loss is not finite: start anew with a smaller --lr")
         self.history.append(row)
-        self.losses.extend(losses)
+        self.losses += losses
         if row is self.best():
             self.predictions = predictions
         on_main_process(self.write_epoch, row, losses)
-        self.saved += 1
+        self.saved = len(self.history)
 
     def write_epoch(self, row, losses):
         """Write the checkpoints, last.pt last of all, and the tables."""
@@ -878,6 +878,7 @@ class Run:
         if self.args.save_every and row["epoch"] % self.args.save_every == 0:
             save_atomically(checkpoint, self.folder / f"epoch_{row['epoch']}.pt")
         save_atomically(checkpoint, self.folder / "last.pt")
+        self.saved += 1  # Ctrl-C may come from here on
 
         write_table(self.folder / "history.csv", COLUMNS, map(itemgetter(*COLUMNS), self.history))
         write_table(self.folder / "loss.csv", ("step", "train_loss"), self.losses)
@@ -1024,7 +1025,7 @@ def print_layers(model, image):
 
     def print_layer(layer, inputs, output):
         if layer in names and isinstance(output, Tensor):
-            shape = "x".join(str(size) for size in output.shape[1:])
+            shape = "x".join(map(str, output.shape[1:]))
             count = sum(parameter.numel() for parameter in layer.parameters())
             print(f"  {names[layer]:<20}{type(layer).__name__:<22}{shape:<18}{count:>12,}")
 

@@ -107,7 +107,7 @@ IMAGES = np.zeros((4, 8, 8, 3), np.uint8)
     ],
 )
 def test_arrays_that_would_be_read_wrongly_are_refused(images, labels, part):
-    spec = common.Spec(["a", "b"], 8)
+    spec = common.Spec("ab", 8)
     with pytest.raises(common.UserError, match=part):
         common.ImageDataset(images, labels, spec)
     right = np.array([0, 1, 0, 1], np.uint8)
@@ -116,13 +116,12 @@ def test_arrays_that_would_be_read_wrongly_are_refused(images, labels, part):
 
 def test_arrays_are_kept_in_the_order_that_is_fast_to_index():
     channels_first = torch.zeros(4, 3, 8, 8, dtype=torch.uint8)
-    spec = common.Spec(["a", "b"], 8)
-    data = common.ImageDataset(channels_first.movedim(1, -1), [0, 1, 0, 1], spec)
+    data = common.ImageDataset(channels_first.movedim(1, -1), [0] * 4, common.Spec("ab", 8))
     assert data.images.is_contiguous()
 
 
 def test_normalization_is_torchvisions():
-    spec = common.Spec(["a", "b"], 32, mean=[0.1, 0.2, 0.3], std=np.float64(0.25))
+    spec = common.Spec("ab", 32, mean=[0.1, 0.2, 0.3], std=np.float64(0.25))
     images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
     expected = normalize(images / 255, [0.1, 0.2, 0.3], [0.25] * 3)
     torch.testing.assert_close(common.Normalize(spec)(images), expected)
@@ -440,6 +439,12 @@ def test_a_ctrl_c_that_a_destructor_swallowed_still_ends_the_run(monkeypatch):
 
     with pytest.raises(KeyboardInterrupt, match="1 of 9 epochs are saved"):
         train(digits(32), "--epochs 9", after_epoch=swallow)
+
+
+def test_a_ctrl_c_right_after_the_checkpoint_counts_its_epoch(monkeypatch):
+    monkeypatch.setattr(common, "write_table", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt, match="1 of 3 epochs are saved"):
+        train(digits(32), "--epochs 3")
 
 
 def test_import_has_no_effects_on_the_users_process():
