@@ -316,7 +316,7 @@ class ImageDataset(Dataset):
         # In this order in memory a batch is read in a tenth of the time that others take.
         self.images = images = torch.as_tensor(self.images).contiguous()
         self.labels = self.labels.to(images.device)
-        shape = (len(self), self.spec.size, self.spec.size, self.spec.channels)
+        shape = (len(self), *self.spec.shape)
         if images.dtype != torch.uint8 or images.shape != shape:
             raise UserError(
                 f"images are {images.dtype} {tuple(images.shape)} and have to be torch.uint8 "
@@ -359,7 +359,7 @@ class StreamedImageDataset(ImageDataset):
             if isinstance(image, UserError):
                 raise UserError(f"{image}: replace it, or add --skip-bad")
             images.append(image)
-        shape = (len(images), self.spec.size, self.spec.size, self.spec.channels)
+        shape = (len(images), *self.spec.shape)
         return torch.from_numpy(np.array(images, np.uint8).reshape(shape))
 
     def load(self, batches):
@@ -414,7 +414,7 @@ def load_images(part, spec, args):
         count = min(args.limit_batches * args.batch_size, len(part))
         print(f"--limit-batches {args.limit_batches}: {count:,} of {len(part):,} images")
         part = part.take(np.random.default_rng(0).permutation(len(part))[:count])
-    shape = (len(part), spec.size, spec.size, spec.channels)
+    shape = (len(part), *spec.shape)
     fits = math.prod(shape) <= IN_MEMORY
     if fits and getattr(part.sources, "shape", None) == shape:
         images = part.sources
@@ -423,14 +423,13 @@ def load_images(part, spec, args):
     if not fits:
         return StreamedImageDataset(part.sources, part.labels, spec, part.files)
     images = torch.from_numpy(images).to(args.device)
-    labels = torch.from_numpy(part.labels).to(args.device)
-    return ImageDataset(images, labels, spec, part.files)
+    return ImageDataset(images, part.labels, spec, part.files)
 
 
 def read_part(part, spec, args, keep):
     """The part without what cannot be read, if --skip-bad allows it; its images, uint8 (N, size,
     size, channels), if they are to be kept."""
-    images = np.zeros((len(part) if keep else 0, spec.size, spec.size, spec.channels), np.uint8)
+    images = np.zeros((len(part) if keep else 0, *spec.shape), np.uint8)
     good = []
     lost = set()  # classes
     found = readers.read_images(part.sources, spec)
@@ -514,6 +513,8 @@ def shuffle(count, args, epoch):
     torch.manual_seed(seed + (get_rank() << 52))  # processes differ in augmentation and dropout
     processes = get_world_size()
     count -= count % processes  # each process has as many
+    if not count:
+        raise UserError(f"fewer training images than the {processes} processes")
     if count % args.batch_size == processes < count:
         count -= processes  # batch normalization cannot learn from a single image
     return [my_part(batch) for batch in order[:count].split(args.batch_size)]
@@ -588,6 +589,7 @@ def progress_bar(steps, title, args, **options):
         title,
         disable=hidden,
         leave=False,
+        position=0,  # whatever an interrupted cell of a notebook has left
         mininterval=0.5,  # seconds
         bar_format="{desc} |{bar}| {percentage:3.0f}%, {remaining} left{postfix}",
         **options,
@@ -741,8 +743,10 @@ def fit(
         report(run, test_set, evaluate)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(run.kept()) from None
-    except UserError as error:
-        raise UserError(f"{error}{run.kept()}") from None
+    except BrokenPipeError:
+        raise
+    except (UserError, OSError) as error:
+        raise UserError(f"{error}{run.kept()}") from error
     finally:
         run.close()
     return run.history
@@ -812,8 +816,7 @@ class Run:
             aside = folder.rename(f"{folder}-{number}")
             print(f"{folder} had an earlier run, which is in {aside} now")
             (aside / "lock").unlink(missing_ok=True)
-            folder.mkdir(exist_ok=True)
-            self.lock = lock_folder(folder)
+            return self.open_folder()  # a new one
         if self.args.tensorboard:
             self.writer = SummaryWriter(folder)
             self.writer.add_text("settings", str(self.settings))
@@ -872,7 +875,7 @@ class Run:
         for name, part in self.parts.items():
             checkpoint[name] = part.state_dict()
         # Of NumPy's numbers, as a LambdaLR may have them, a checkpoint could not be loaded safely.
-        checkpoint = tree_map_only(np.generic, lambda number: number.item(), checkpoint)
+        checkpoint = tree_map_only(np.generic, np.generic.item, checkpoint)
         if row is self.best():
             save_atomically(checkpoint, self.folder / "best.pt")
         if self.args.save_every and row["epoch"] % self.args.save_every == 0:
@@ -886,8 +889,7 @@ class Run:
             f"{row['epoch']:>3}/{self.args.epochs:<3}"
             f"{row['train_loss']:>11.4f}{row['train_accuracy']:>10.4f}"
             f"{row['test_loss']:>17.4f}{row['test_accuracy']:>10.4f}"
-            f"{row['train_seconds']:>9.1f}{row['images_per_second']:>10,.0f}",
-            flush=True,
+            f"{row['train_seconds']:>9.1f}{row['images_per_second']:>10,.0f}"
         )
         if self.writer:
             for step, loss in losses:

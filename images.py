@@ -38,6 +38,11 @@ class Spec:
         self.mean = np.asarray(self.mean, float).tolist()  # plain numbers, for a checkpoint
         self.std = np.asarray(self.std, float).tolist()
 
+    @property
+    def shape(self):
+        """Of an image as a network takes it: height, width, channels."""
+        return self.size, self.size, self.channels
+
 
 def printable(text):
     """The first 200 characters of a text, in one line, control characters escaped."""
@@ -131,7 +136,7 @@ def prepare(image, spec):
         image = cv2.cvtColor(image, cv2.COLOR_GRAY2RGB)
     elif image.ndim == 3 and spec.channels == 1:
         image = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
-    return image.reshape(size, size, spec.channels)
+    return image.reshape(spec.shape)
 
 
 def read_images(sources, spec):

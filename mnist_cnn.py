@@ -100,6 +100,7 @@ def random_affine(images, flip):
 
 
 NETWORKS = {"cnn": CNN, "lenet5": LeNet5}
+DATASETS = {"mnist": "MNIST", "fashion": "FashionMNIST"}  # torchvision's
 
 
 def build_model(spec, args):
@@ -116,14 +117,13 @@ def parse_args(argv=None):
     )
     add = parser.add_argument
     add("--model", default="cnn", choices=NETWORKS, help="the network")
-    add("--dataset", default="mnist", choices=["mnist", "fashion"], help="what is downloaded")
+    add("--dataset", default="mnist", choices=DATASETS, help="what is downloaded")
     return common.parse_args(parser, argv, TUNED)
 
 
 def main(argv=None):
     args = parse_args(argv)
-    dataset = {"mnist": "MNIST", "fashion": "FashionMNIST"}[args.dataset]
-    train_set, test_set = common.load_data(args, dataset, channels=1, mean=0, std=1)
+    train_set, test_set = common.load_data(args, DATASETS[args.dataset], channels=1, mean=0, std=1)
 
     torch.manual_seed(args.seed)
     model = build_model(train_set.spec, args)

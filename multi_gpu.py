@@ -29,8 +29,7 @@ class Demo(nn.Module):
 
     def forward(self, x):
         y = self.fc(x)
-        sizes = f"input {list(x.shape)}, output {list(y.shape)}"
-        print(f"    in the model, on {x.device}: {sizes}")
+        print(f"    in the model, on {x.device}: input {list(x.shape)}, output {list(y.shape)}")
         return y
 
 

@@ -23,7 +23,7 @@ def import_recipe(name, file=None):
     `name`. What is imported is never for a checkpoint to decide. Raises UserError if it is none."""
     if not file and name not in common.RECIPES:
         raise UserError(f"{name} is not in this repository: add --recipe {name}.py, its script")
-    file = Path(file or Path(__file__).with_name(f"{name}.py"))
+    file = Path(file or common.HERE / f"{name}.py")
     if not file.is_file() or file.suffix != ".py":
         raise UserError(f"no recipe {file}: --recipe takes the script that made the checkpoint")
     sys.path.insert(0, str(file.parent.resolve()))  # for what stands beside it
@@ -63,9 +63,15 @@ def load_model(path, recipe=None, device="cpu", model=None):
 def find_files(arguments, classes):
     """(file, label) pairs of files, folders and patterns. The label is the first folder below a
     folder that has a class's name, or its own name, or that of a file's folder, else None."""
-    pairs = []
+    roots = []
     for argument in arguments:
-        root = Path(argument)
+        paths = [argument]
+        if not Path(argument).exists():  # a pattern, where the shell does not know them
+            paths = sorted(glob.glob(argument)) or paths
+        roots += map(Path, paths)
+
+    pairs = []
+    for root in roots:
         files = [root]
         if root.is_dir():
             files, left_out = readers.find_images(root)
@@ -73,14 +79,11 @@ def find_files(arguments, classes):
                 raise UserError(f"no images in {root}: their names end in .jpg, .png and the like")
             if left_out:
                 print(f"left out of {root}: {readers.tell(left_out)}")
-        elif not root.exists():  # a pattern, where the shell does not know them
-            files = sorted(map(Path, glob.glob(argument))) or files
+        else:
+            root = root.parent
         for file in files:
-            names = [file.parent.name]
-            if root.is_dir():
-                names = [*file.relative_to(root).parts[:-1], root.name]
-            labels = [readers.nfc(name) for name in names if readers.nfc(name) in classes]
-            label = labels[0] if labels else None
+            names = [*file.relative_to(root).parts[:-1], root.name]
+            label = next((name for name in map(readers.nfc, names) if name in classes), None)
             pairs.append((file, label))
     return pairs
 

@@ -8,9 +8,9 @@ python quick_cifar.py --data drawn --tuned --epochs 3   # no download
 """
 
 import copy
-import importlib.util
 import warnings
 from functools import partial
+from importlib.util import find_spec
 
 import common
 
@@ -70,8 +70,8 @@ def parse_args(argv=None):
     )
     add = parser.add_argument
     add("--activation", default="none", help="after each pooling", choices=["none", *ACTIVATIONS])
-    parser.set_defaults(save_every=1)
-    parser.set_defaults(tensorboard=importlib.util.find_spec("tensorboard") is not None)
+    installed = find_spec("tensorboard") is not None
+    parser.set_defaults(save_every=1, tensorboard=installed)
     return common.parse_args(parser, argv, TUNED)
 
 
@@ -99,7 +99,7 @@ def main(argv=None):
 
     def after_epoch(run):
         if run.writer:
-            log_images(run.writer, run.history[-1]["epoch"], model, test_set, args.device)
+            log_images(run.writer, len(run.history), model, test_set, args.device)
 
     return common.fit(
         model, train_set, test_set, loss_fn, optimizer, args, scheduler, augment, after_epoch

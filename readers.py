@@ -185,7 +185,7 @@ def read_rows(table):
             if any(cells):
                 rows.append((number, cells))
     except (csv.Error, UnicodeDecodeError) as error:
-        raise UserError(f"{table}, line {number}: {error}: no UTF-8, or an open quote") from error
+        raise UserError(f"{table}, line {number}: {error}: no UTF-8, or an open quote") from None
     return rows
 
 

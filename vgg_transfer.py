@@ -101,11 +101,12 @@ def read_weights(args):
     """The state_dict to begin with, mean and std of its images, its classes; None if not known."""
     about = IMAGENET.transforms()
     saved = common.load_saved(args)  # of a run that is continued, or tested
-    if saved is None and args.weights == "none":
-        return None, 0.5, 0.25, None
-    if saved is None and args.weights == "imagenet":
-        return None, about.mean, about.std, None  # not downloaded before the data are read
-    saved = saved or common.load_file(args.weights)
+    if saved is None:
+        if args.weights == "none":
+            return None, 0.5, 0.25, None
+        if args.weights == "imagenet":  # not downloaded before the data are read
+            return None, about.mean, about.std, None
+        saved = common.load_file(args.weights)
     state = find_state(saved)
     if state is None:
         raise common.UserError(f"--weights {args.weights} has no features.0.weight: no VGG16")

@@ -365,7 +365,7 @@ def test_after_epoch_gets_the_whole_run_after_a_resume_too_and_may_end_it(capsys
 
 
 def test_settings_are_a_recipes_without_a_command_line():
-    args = common.settings(epochs=1, out=Path("a"), device="cpu", lr=0.5, quiet=True)
+    args = common.settings(epochs=1, out=Path("a"), device="cpu", lr=0.5)
     assert (args.epochs, args.out, args.device, args.lr) == (1, "a", CPU, 0.5)
     with pytest.raises(TypeError, match="'epoch'"):
         common.settings(epoch=3)
@@ -441,9 +441,10 @@ def test_a_ctrl_c_that_a_destructor_swallowed_still_ends_the_run(monkeypatch):
         train(digits(32), "--epochs 9", after_epoch=swallow)
 
 
-def test_a_ctrl_c_right_after_the_checkpoint_counts_its_epoch(monkeypatch):
-    monkeypatch.setattr(common, "write_table", Mock(side_effect=KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt, match="1 of 3 epochs are saved"):
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_what_stops_a_run_right_after_the_checkpoint_counts_its_epoch(monkeypatch, error):
+    monkeypatch.setattr(common, "write_table", Mock(side_effect=error))
+    with pytest.raises((KeyboardInterrupt, common.UserError), match="1 of 3 epochs are saved"):
         train(digits(32), "--epochs 3")
 
 
