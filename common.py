@@ -17,7 +17,6 @@ import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from operator import itemgetter
 from pathlib import Path
 
 import readers
@@ -65,7 +64,7 @@ def cli(main):
     except BrokenPipeError:  # `| head` has seen enough
         status = 141
     except KeyboardInterrupt as stop:
-        status = 128 + [*SIGNALS, 2][0]
+        status = 128 + (SIGNALS or [signal.SIGINT])[0]
         message = f"stopped{stop}"
     except torch.OutOfMemoryError as error:
         message = f"error: {error}: try a smaller --batch-size"
@@ -74,7 +73,7 @@ def cli(main):
     if message:
         sys.stderr.write(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}\n")
     if status == 141 or "RANK" in os.environ:
-        os._exit(status)  # an orderly end would write again; threads of Gloo may abort it
+        os._exit(status)  # a normal exit would write to the pipe again; Gloo's threads may abort it
     sys.exit(status)
 
 
@@ -227,7 +226,7 @@ def has_fast_bfloat16(device):
 
 
 def init_distributed():
-    """Join the processes that torchrun has started, of which the main one prints."""
+    """Join the processes that torchrun has started; only the main process prints."""
     global JOB
     if sys.platform == "linux":  # end this process when torchrun is killed
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
@@ -283,13 +282,13 @@ def my_part(indices):
 
 
 def parallelize(model, args):
-    """The model as one of several processes, or of several GPUs, trains it. If it is that already,
-    it is made anew: other layers may be frozen by now."""
+    """Wrap the model in DistributedDataParallel under torchrun, or in DataParallel with
+    --data-parallel. A wrapped model is wrapped anew: other layers may be frozen by now."""
     if isinstance(model, (DistributedDataParallel, DataParallel)):
         model = model.module
     if get_world_size() > 1:
         model = DistributedDataParallel(model)
-    elif args.data_parallel and args.device.type == "cuda":
+    elif args.data_parallel and args.device == torch.device("cuda:0"):
         model = DataParallel(model)  # splits each batch over this process's GPUs
     return model
 
@@ -307,13 +306,15 @@ class ImageDataset(Dataset):
     def __init__(self, images, labels, spec, files=None):
         self.images = images
         self.labels = check_labels(labels, spec)
+        if files is not None and len(files) != len(labels):
+            raise UserError(f"{len(files)} files for {len(labels)} images")
         self.spec = spec
         self.files = files
         self.normalize = Normalize(spec)
         self.check_images()
 
     def check_images(self):
-        # In this order in memory a batch is read in a tenth of the time that others take.
+        # Contiguous, with the channels last: a batch is read in a tenth of the time.
         self.images = images = torch.as_tensor(self.images).contiguous()
         self.labels = self.labels.to(images.device)
         shape = (len(self), *self.spec.shape)
@@ -419,14 +420,14 @@ def load_images(part, spec, args):
     if fits and getattr(part.sources, "shape", None) == shape:
         images = part.sources
     elif fits or args.skip_bad:
-        part, images = read_part(part, spec, args, fits)
+        part, images = decode_part(part, spec, args, fits)
     if not fits:
         return StreamedImageDataset(part.sources, part.labels, spec, part.files)
     images = torch.from_numpy(images).to(args.device)
     return ImageDataset(images, part.labels, spec, part.files)
 
 
-def read_part(part, spec, args, keep):
+def decode_part(part, spec, args, keep):
     """The part without what cannot be read, if --skip-bad allows it; its images, uint8 (N, size,
     size, channels), if they are to be kept."""
     images = np.zeros((len(part) if keep else 0, *spec.shape), np.uint8)
@@ -479,8 +480,8 @@ def random_flip_and_crop(images, padding, flip=True):
     device = images.device
     shift = torch.randint(-padding, padding + 1, (2, n, 1), device=device)
     last = size - 1
-    # (N, H): where those of the result come from, reflected at the edges
-    rows, columns = last - (last - (torch.arange(size, device=device) + shift).abs()).abs()
+    position = torch.arange(size, device=device) + shift  # (2, N, H), some beyond the edges
+    rows, columns = last - (last - position.abs()).abs()  # reflected: -1 -> 1, last + 1 -> last - 1
     if flip:
         flipped = torch.rand(n, 1, device=device) < 0.5
         columns = torch.where(flipped, last - columns, columns)
@@ -493,8 +494,8 @@ def random_flip_and_crop(images, padding, flip=True):
 
 
 def by_batch(augment):
-    """`augment` as a function of a batch: a transform of torchvision, which draws once for all that
-    it is called with, is called for each image."""
+    """`augment` as a function of a batch. A transform of torchvision, or any other `nn.Module`, is
+    called for each image: it draws once for all that it is called with."""
     module = type(augment).__module__
     if not isinstance(augment, nn.Module) and not module.startswith("torchvision."):
         return augment
@@ -513,8 +514,6 @@ def shuffle(count, args, epoch):
     torch.manual_seed(seed + (get_rank() << 52))  # processes differ in augmentation and dropout
     processes = get_world_size()
     count -= count % processes  # each process has as many
-    if not count:
-        raise UserError(f"fewer training images than the {processes} processes")
     if count % args.batch_size == processes < count:
         count -= processes  # batch normalization cannot learn from a single image
     return [my_part(batch) for batch in order[:count].split(args.batch_size)]
@@ -582,8 +581,8 @@ class Metrics:
 def progress_bar(steps, title, args, **options):
     """A tqdm bar, of the main process, in a terminal or a notebook."""
     hidden = args.quiet or not is_main_process()
-    if "ipykernel" not in sys.modules:
-        hidden = hidden or None  # None: unless stderr is a terminal
+    if not hidden and "ipykernel" not in sys.modules:
+        hidden = None  # unless stderr is a terminal
     return tqdm(
         steps,
         title,
@@ -647,7 +646,8 @@ def evaluate(model, dataset, args):
     `predict.load_model` normalizes by itself, another one gets normalized images."""
     start = time.perf_counter()
     normalize = nn.Identity() if isinstance(model, Classifier) else dataset.normalize
-    # 192 images of 32x32: larger outputs of a layer would be got from the system anew each time.
+    # At least 192 images of 32x32, and not many more: larger outputs of a layer would be allocated
+    # anew for each batch.
     batch_size = max(args.batch_size, 3 * 2**16 // dataset.spec.size**2)
     batches = my_part(torch.arange(len(dataset))).split(batch_size)
     if dist.is_initialized():
@@ -778,13 +778,17 @@ class Run:
             self.parts["scheduler"] = scheduler
         self.settings = {}
         for name, value in vars(args).items():
-            if name not in NOT_OF_THE_RUN:  # a path is not for a checkpoint
-                self.settings[name] = str(value) if isinstance(value, Path) else value
+            if isinstance(value, Path):  # of a flag of one's own: a checkpoint has plain values
+                value = str(value)
+            if name not in NOT_OF_THE_RUN:
+                self.settings[name] = value
         self.facts = {
             "training_images": len(train_set),
             "optimizer": type(optimizer).__name__,
             "scheduler": type(scheduler).__name__,
             "epochs of its schedule": isinstance(scheduler, OneCycleLR) and args.epochs,
+            "T_max": getattr(scheduler, "T_max", None),  # of other schedules that end
+            "total_iters": getattr(scheduler, "total_iters", None),
         }
         self.tested_on = "validation" if args.holdout and not args.test_only else "test"
         self.lock = None
@@ -809,7 +813,8 @@ class Run:
         folder.mkdir(parents=True, exist_ok=True)
         self.lock = lock_folder(folder)
         names = ("last.pt", "best.pt", "epoch_*.pt")
-        if not self.args.resume and any(file for name in names for file in folder.glob(name)):
+        checkpoints = [file for name in names for file in folder.glob(name)]
+        if checkpoints and not self.args.resume:
             number = 1
             while Path(f"{folder}-{number}").exists():
                 number += 1
@@ -874,7 +879,7 @@ class Run:
         }
         for name, part in self.parts.items():
             checkpoint[name] = part.state_dict()
-        # Of NumPy's numbers, as a LambdaLR may have them, a checkpoint could not be loaded safely.
+        # torch.load(weights_only=True) refuses NumPy's numbers, which a LambdaLR may have.
         checkpoint = tree_map_only(np.generic, np.generic.item, checkpoint)
         if row is self.best():
             save_atomically(checkpoint, self.folder / "best.pt")
@@ -883,7 +888,8 @@ class Run:
         save_atomically(checkpoint, self.folder / "last.pt")
         self.saved += 1  # Ctrl-C may come from here on
 
-        write_table(self.folder / "history.csv", COLUMNS, map(itemgetter(*COLUMNS), self.history))
+        rows = [[row[name] for name in COLUMNS] for row in self.history]
+        write_table(self.folder / "history.csv", COLUMNS, rows)
         write_table(self.folder / "loss.csv", ("step", "train_loss"), self.losses)
         print(
             f"{row['epoch']:>3}/{self.args.epochs:<3}"
@@ -915,7 +921,7 @@ def load_state(part, state):
     try:
         part.load_state_dict(state)
     except (KeyError, RuntimeError, ValueError) as error:
-        reason = readers.printable(str(error).split("\n\t")[:2][-1])  # the first of all
+        reason = readers.printable(str(error).rpartition("\n\t")[2])  # the last of all
         raise UserError(f"this is another network or optimizer than the run's: {reason}") from None
 
 
@@ -1069,13 +1075,14 @@ def report(run, test_set, evaluate):
         f"best epoch: {run.best()['epoch']}, {run.tested_on} accuracy "
         f"{predictions.accuracy():.4f}\nrun folder: {run.folder}"
     )
-    here = f"{Path.cwd()}{os.sep}"
     script = Path(run.args.script).absolute()
+    if not script.suffix:  # one's own code
+        return
+    here = f"{Path.cwd()}{os.sep}"
     command = ["python", f"{HERE / 'predict.py'}".removeprefix(here), f"{run.folder}/best.pt"]
     if script.stem not in RECIPES or script.resolve().parent != HERE:
         command += ["--recipe", f"{script}".removeprefix(here)]
-    if script.suffix:  # none, in one's own code
-        print(f"classify: {shlex.join(command)} IMAGE...")
+    print(f"classify: {shlex.join(command)} IMAGE...")
 
 
 if __name__ == "__main__":

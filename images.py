@@ -129,7 +129,8 @@ def prepare(image, spec):
     if spec.crop:
         side = max(1, round(spec.crop * min(height, width)))
         image = image[(height - side) // 2 :, (width - side) // 2 :][:side, :side]
-    smaller = [min(side, size) for side in image.shape[1::-1]]
+        height = width = side
+    smaller = (min(width, size), min(height, size))
     image = cv2.resize(image, smaller, interpolation=cv2.INTER_AREA)  # the mean of all pixels
     image = cv2.resize(image, (size, size), interpolation=cv2.INTER_LINEAR)
     if image.ndim == 2 and spec.channels == 3:

@@ -34,7 +34,7 @@ class LeNet(nn.Module):
         self.fc3 = nn.Linear(84, classes)
 
     def forward(self, x):
-        # The source has ReLU before pooling: the result is the same, this is a quarter of the work.
+        # The source has ReLU before pooling: the same result, with four times the work for ReLU.
         x = F.relu(self.pool(self.conv1(x)))  # (N, 3, 32, 32) -> (N, 6, 28, 28) -> (N, 6, 14, 14)
         x = F.relu(self.pool(self.conv2(x)))  # -> (N, 16, 10, 10) -> (N, 16, 5, 5)
         x = x.flatten(1)  # -> (N, 400)

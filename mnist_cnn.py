@@ -42,7 +42,7 @@ class CNN(nn.Module):
 class LeNet5(nn.Module):
     def __init__(self, channels, size, classes):
         super().__init__()
-        side = ((size + 2) // 2 - 2) // 2  # 28, padded: 32 -> 30 -> 15 -> 13 -> 6
+        side = ((size + 4 - 2) // 2 - 2) // 2  # 28, padded: 32 -> 30 -> 15 -> 13 -> 6
         self.conv1 = nn.Conv2d(channels, 6, 3)
         self.conv2 = nn.Conv2d(6, 16, 3)
         self.fc1 = nn.Linear(16 * side * side, 120)
@@ -69,7 +69,7 @@ class DarkBackground(nn.Module):
     def forward(self, x):  # (N, C, H, W), from 0 to 1
         border = torch.cat([x[:, :, 0], x[:, :, -1], x[..., 0], x[..., -1]], 2).flatten(1)
         middle = (border.shape[1] - 1) // 2
-        background = border.sort(1).values[:, middle].view(-1, 1, 1, 1)  # the median
+        background = border.sort(1).values[:, middle].view(-1, 1, 1, 1)  # ONNX has no median
         darkest = x.amin((1, 2, 3), keepdim=True)
         lightest = x.amax((1, 2, 3), keepdim=True)
         is_light = background - darkest > lightest - background

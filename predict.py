@@ -61,8 +61,8 @@ def load_model(path, recipe=None, device="cpu", model=None):
 
 
 def find_files(arguments, classes):
-    """(file, label) pairs of files, folders and patterns. The label is the first folder below a
-    folder that has a class's name, or its own name, or that of a file's folder, else None."""
+    """(file, label) pairs of files, folders and patterns. The label is a folder's name that is a
+    class: the first below a given folder, else its own, or that of a file's folder; else None."""
     roots = []
     for argument in arguments:
         paths = [argument]

@@ -25,8 +25,8 @@ class Quick(nn.Module):
     def __init__(self, channels, size, classes, activation):
         super().__init__()
         layers = []
-        for wide, wider in ((channels, 32), (32, 32), (32, 64)):
-            layers += [nn.Conv2d(wide, wider, 5, padding=2), nn.MaxPool2d(2)]
+        for inputs, outputs in ((channels, 32), (32, 32), (32, 64)):
+            layers += [nn.Conv2d(inputs, outputs, 5, padding=2), nn.MaxPool2d(2)]
             if activation != "none":
                 layers.append(ACTIVATIONS[activation]())
         self.features = nn.Sequential(*layers)
@@ -57,11 +57,12 @@ def log_images(writer, epoch, model, dataset, device):
             warnings.simplefilter("ignore")  # it traces with what PyTorch calls deprecated
             writer.add_graph(copy.deepcopy(model), x)  # which is not compiled
     for number, layer in enumerate(getattr(model, "features", ())):  # none in another network
-        for when, maps in (("before", x), ("after", layer(x))):  # (1, C, H, W)
+        y = layer(x)
+        for when, maps in (("before", x), ("after", y)):  # (1, C, H, W)
             grid = make_grid(maps[0][:, None], normalize=True, scale_each=True)
             name = f"layer {number} {type(layer).__name__}/{when}"
             writer.add_image(name, grid, epoch)
-        x = layer(x)
+        x = y
 
 
 def parse_args(argv=None):

@@ -166,7 +166,7 @@ def read_table(table, left_out):
     labels = []
     for line, cells in rows[1:]:
         if len(cells) != len(header) or not cells[file] or not cells[label]:
-            raise UserError(f"{table}, line {line}: no file,label, or more cells than columns")
+            raise UserError(f"{table}, line {line}: no file,label, or not {len(header)} cells")
         files.append(find(cells[file]))
         labels.append(nfc(cells[label]))
     return files, labels, sorted({*labels})
@@ -205,8 +205,10 @@ def pick_columns(table, header, first, find):
         labels = [1 - files[0]]
     if not files or len(labels) != 1:
         raise UserError(f"{shown}: rename one to file, one to label (no labels: --holdout N)")
-    there = [i for i in files if len(first) > i and find(first[i]).is_file()]
-    return (there + files)[0], labels[0]
+    for i in files:
+        if i < len(first) and find(first[i]).is_file():
+            return i, labels[0]
+    return files[0], labels[0]
 
 
 # ------------------------------------------------------------------------------ a whole data set

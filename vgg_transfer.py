@@ -1,7 +1,7 @@
 """VGG16 with what it learnt from ImageNet's 1.2 million photos, made to tell other classes apart.
 
 python vgg_transfer.py --data my_photos/ --freeze      # train a new last layer alone: start here
-python vgg_transfer.py --data my_photos/               # train all of it; photos are 224x224
+python vgg_transfer.py --data my_photos/               # train all of it; photos at 224x224
 python vgg_transfer.py --weights runs/a/best.pt        # from a VGG16 of your own
 python vgg_transfer.py --weights none --data drawn     # no download: from random parameters
 """
@@ -98,7 +98,7 @@ def find_state(saved):
 
 
 def read_weights(args):
-    """The state_dict to begin with, mean and std of its images, its classes; None if not known."""
+    """The state_dict to begin with, or None; mean and std of its images; its classes, or None."""
     about = IMAGENET.transforms()
     saved = common.load_saved(args)  # of a run that is continued, or tested
     if saved is None:
@@ -180,7 +180,7 @@ def main(argv=None):
         load_parameters(model, state, same_classes, args.weights)
         if same_classes and not (args.resume or args.test_only):
             print(f"--weights {args.weights}: its head is kept, since the classes are the same")
-    del state
+    del state  # half a gigabyte
     loss_fn = nn.CrossEntropyLoss()
     # What is frozen gets no gradient, and the optimizer leaves it as it is.
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, nesterov=args.tuned)
@@ -193,7 +193,7 @@ def main(argv=None):
             common.random_flip_and_crop, padding=args.size // 16, flip=args.data != "drawn"
         )
     if args.freeze:
-        augment = None
+        augment = None  # the features of each image are computed once
         if not args.test_only:  # then it is the test set
             train_set = compute_features(model, train_set, args)
         test_set = compute_features(model, test_set, args)
