@@ -64,10 +64,10 @@ def cli(main):
     except BrokenPipeError:  # `| head` has seen enough
         status = 141
     except KeyboardInterrupt as stop:
-        status = 128 + (SIGNALS or [signal.SIGINT])[0]
+        status = 128 + max(SIGNALS, default=signal.SIGINT)
         message = f"stopped{stop}"
-    except torch.OutOfMemoryError as error:
-        message = f"error: {error}: try a smaller --batch-size"
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        message = f"error: {error}: try a smaller --batch-size or --size"
     except (UserError, OSError) as error:
         message = f"error: {error}"
     if message:
@@ -113,8 +113,8 @@ def make_parser(file, description, tuned, min_size=1, **defaults):
     recipe = Path(file).stem
     parser = ArgumentParser(description=description, formatter_class=HelpFormatter)
     parser.set_defaults(recipe=recipe, script=file, **defaults)
-    count = between(1, 2**31 - 1)
-    count_or_0 = between(0, 2**31 - 1)
+    count = between(1, 2**31)
+    count_or_0 = between(0, 2**31)
 
     add = parser.add_argument
     add("--data", default="data", help="a folder, or drawn: synthetic images of the digits")
@@ -130,7 +130,7 @@ def make_parser(file, description, tuned, min_size=1, **defaults):
     add("--seed", type=count_or_0, default=0, help="of everything that is random")
     add("--holdout", type=count_or_0, default=0, help="validate on N training images")
     add("--amp", action=argparse.BooleanOptionalAction, help="bfloat16; with --tuned if fast")
-    add("--compile", action="store_true", help="torch.compile, which pays on a GPU")
+    add("--compile", action="store_true", help="torch.compile: pays on a GPU, needs a C++ compiler")
     add("--data-parallel", action="store_true", help="one process, all GPUs: see multi_gpu.py")
     add("--limit-batches", type=count, help="use N batches of the data: a quick check")
     add("--skip-bad", action="store_true", help="leave unreadable images out")
@@ -306,12 +306,12 @@ class ImageDataset(Dataset):
     def __init__(self, images, labels, spec, files=None):
         self.images = images
         self.labels = check_labels(labels, spec)
-        if files is not None and len(files) != len(labels):
-            raise UserError(f"{len(files)} files for {len(labels)} images")
         self.spec = spec
-        self.files = files
+        self.files = range(len(labels)) if files is None else files
         self.normalize = Normalize(spec)
         self.check_images()
+        if len(self.files) != len(self):
+            raise UserError(f"{len(files)} files for {len(self)} images")
 
     def check_images(self):
         # Contiguous, with the channels last: a batch is read in a tenth of the time.
@@ -360,8 +360,7 @@ class StreamedImageDataset(ImageDataset):
             if isinstance(image, UserError):
                 raise UserError(f"{image}: replace it, or add --skip-bad")
             images.append(image)
-        shape = (len(images), *self.spec.shape)
-        return torch.from_numpy(np.array(images, np.uint8).reshape(shape))
+        return torch.from_numpy(np.array(images, np.uint8).reshape(len(images), *self.spec.shape))
 
     def load(self, batches):
         """The next batch is read while the device works on this one."""
@@ -660,6 +659,8 @@ def evaluate(model, dataset, args):
     for indices, (images, labels) in zip(batches, loaded, strict=True):
         with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp):
             logits = model(images).float()
+        if logits.shape[-1] != len(dataset.spec.classes):
+            raise UserError(f"the network has {logits.shape[-1]} outputs: it needs one a class")
         losses = nn.functional.cross_entropy(logits, labels, reduction="none")
         probabilities, classes = logits.softmax(1).max(1)
         results[:, indices] = torch.stack([losses, labels, classes, probabilities])
@@ -776,12 +777,8 @@ class Run:
         self.parts = {"model": model, "optimizer": optimizer}
         if scheduler:
             self.parts["scheduler"] = scheduler
-        self.settings = {}
-        for name, value in vars(args).items():
-            if isinstance(value, Path):  # of a flag of one's own: a checkpoint has plain values
-                value = str(value)
-            if name not in NOT_OF_THE_RUN:
-                self.settings[name] = value
+        settings = {name: value for name, value in vars(args).items() if name not in NOT_OF_THE_RUN}
+        self.settings = tree_map_only(Path, str, settings)  # of a flag of one's own
         self.facts = {
             "training_images": len(train_set),
             "optimizer": type(optimizer).__name__,
@@ -838,12 +835,11 @@ class Run:
         saved = load_checkpoint(self.folder / "last.pt")
         before = {**saved["settings"], **saved["facts"], **saved["spec"]}
         now = {**self.settings, **self.facts, **asdict(self.spec)}
-        may_change = [*MAY_CHANGE]
         if self.args.skip_bad:
-            may_change += ["training_images"]
+            del now["training_images"]
         for name, value in now.items():
             old = before.get(name, value)
-            if name not in may_change and value != old:
+            if name not in MAY_CHANGE and value != old:
                 raise UserError(
                     f"--resume cannot change {name} from {str(old)[:80]} to {str(value)[:80]}: "
                     "name another --out"
@@ -879,13 +875,15 @@ class Run:
         }
         for name, part in self.parts.items():
             checkpoint[name] = part.state_dict()
-        # torch.load(weights_only=True) refuses NumPy's numbers, which a LambdaLR may have.
-        checkpoint = tree_map_only(np.generic, np.generic.item, checkpoint)
+        # torch.load(weights_only=True) refuses NumPy's numbers and arrays, as of a LambdaLR.
+        checkpoint = tree_map_only((np.generic, np.ndarray), lambda x: x.tolist(), checkpoint)
         if row is self.best():
             save_atomically(checkpoint, self.folder / "best.pt")
         if self.args.save_every and row["epoch"] % self.args.save_every == 0:
             save_atomically(checkpoint, self.folder / f"epoch_{row['epoch']}.pt")
         save_atomically(checkpoint, self.folder / "last.pt")
+        if not self.saved:
+            load_checkpoint(self.folder / "last.pt")  # or it may be of no use, as is said now
         self.saved += 1  # Ctrl-C may come from here on
 
         rows = [[row[name] for name in COLUMNS] for row in self.history]
@@ -981,7 +979,10 @@ def load_file(path):
     except Exception as error:  # damaged bytes can raise anything
         if getattr(error, "filename", ""):  # the system's, which says what is wrong
             raise
-        raise UserError(f"{path} is no checkpoint, or damaged, or has code in it") from None
+        raise UserError(
+            f"{path} is no checkpoint, or damaged, or has code in it, which is all but tensors, "
+            "numbers, strings, lists and dicts"
+        ) from None
 
 
 # ---------------------------------------------------------------- what a run prints and draws
@@ -1004,9 +1005,10 @@ def describe(run, model, train_set, test_set, augment):
     spec = run.spec
     if args.test_only:
         return
+    images, labels = train_set[torch.randperm(len(train_set))[:8]]
+    images = images.to(args.device)
     if not args.quiet:
-        image = torch.zeros(1, spec.channels, spec.size, spec.size, device=args.device)
-        print_layers(model, image)
+        print_layers(model, images[:1].float())
     count = sum(parameter.numel() for parameter in model.parameters())
     precision = "bfloat16" if args.amp else "float32"
     print(
@@ -1016,10 +1018,9 @@ def describe(run, model, train_set, test_set, augment):
     )
     print(f" epoch  train loss  accuracy  {run.tested_on:>10} loss  accuracy  seconds  images/s")
 
-    images, labels = train_set[torch.randperm(len(train_set))[:8]]
     augmented = None
     if augment:
-        augmented = by_batch(augment)(images.to(args.device)).cpu()
+        augmented = by_batch(augment)(images).cpu()
         if augmented.is_floating_point() and (augmented - 0.5).abs().max() > 0.51:
             raise UserError("augment gives floats that are not from 0 to 1; normalization follows")
     if is_main_process() and import_figures():
@@ -1052,12 +1053,9 @@ def report(run, test_set, evaluate):
         return
     classes = run.spec.classes
     predictions = run.predictions
-    files = test_set.files
-    if files is None:
-        files = range(len(test_set))
     labels = [classes[i] for i in predictions.labels.tolist()]
     predicted = [classes[i] for i in predictions.classes.tolist()]
-    rows = zip(files, labels, predicted, predictions.probabilities.tolist(), strict=True)
+    rows = zip(test_set.files, labels, predicted, predictions.probabilities.tolist(), strict=True)
     write_table(run.folder / "predictions.csv", ("file", "label", "predicted", "probability"), rows)
     figures = import_figures()
     if figures:

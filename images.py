@@ -81,7 +81,8 @@ def is_plain_png(data):
         raise ValueError("few bits and a transparent gray: convert it to 8 bits")
     if color in (4, 6) or width * height > 2**26:  # alpha; Pillow refuses bombs
         return False
-    return chunks.isdisjoint([b"tRNS", b"eXIf", b"iCCP"])  # OpenCV prints what it finds odd
+    # Of an animation it takes another image; what it finds odd, it prints.
+    return chunks.isdisjoint([b"tRNS", b"eXIf", b"iCCP", b"acTL"])
 
 
 def decode_by_opencv(data):

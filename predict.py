@@ -67,7 +67,7 @@ def find_files(arguments, classes):
     for argument in arguments:
         paths = [argument]
         if not Path(argument).exists():  # a pattern, where the shell does not know them
-            paths = sorted(glob.glob(argument)) or paths
+            paths = sorted(glob.glob(argument, recursive=True)) or paths
         roots += map(Path, paths)
 
     pairs = []
@@ -82,7 +82,7 @@ def find_files(arguments, classes):
         else:
             root = root.parent
         for file in files:
-            names = [*file.relative_to(root).parts[:-1], root.name]
+            names = [*file.relative_to(root).parts[:-1], root.absolute().name]
             label = next((name for name in map(readers.nfc, names) if name in classes), None)
             pairs.append((file, label))
     return pairs

@@ -403,7 +403,7 @@ def unpack():
     if len(sys.argv) != 4 or sys.argv[1] != "unpack":
         raise UserError("usage: python common.py unpack DATA FOLDER")
     _, _, data, folder = sys.argv
-    args = SimpleNamespace(data=data, holdout=0, test_only=False, download=True)
+    args = SimpleNamespace(data=data, holdout=0, test_only=False, download=False)
     classes, parts = read_data(args, "CIFAR10", Spec([], 32))
     for name, part in zip(["train", "test"], parts, strict=True):
         if part.files:

@@ -52,15 +52,15 @@ def digits(count):
     return common.ImageDataset(whole.images[:count], whole.labels[:count], whole.spec)
 
 
-def network(*layers):
+def network(*layers, classes=10):
     torch.manual_seed(0)
-    return nn.Sequential(nn.Flatten(), nn.Linear(3072, 10), *layers)
+    return nn.Sequential(nn.Flatten(), nn.Linear(3072, classes), *layers)
 
 
 def train(data, text, make_scheduler=None, model=None, **options):
     """`fit` as a script of one's own calls it, with a learning rate for the weights and another for
     the biases."""
-    model = model or network()
+    model = model or network(classes=len(data.spec.classes))
     groups = [{"params": [part], "lr": 0.01 / part.ndim} for part in model.parameters()]
     optimizer = torch.optim.SGD(groups, momentum=0.9)
     options["scheduler"] = make_scheduler and make_scheduler(optimizer)
@@ -104,12 +104,13 @@ IMAGES = np.zeros((4, 8, 8, 3), np.uint8)
         (IMAGES, [0, 1, 0, -1], "from 0 to 1"),
         (IMAGES, [0.0, 1.0, 0.0, 1.0], "integers"),
         (IMAGES, np.eye(2, dtype=int)[[0, 1, 0, 1]], "integers"),
+        (IMAGES, [0, 1, 0, 1], "1 files for 4 images"),
     ],
 )
 def test_arrays_that_would_be_read_wrongly_are_refused(images, labels, part):
     spec = common.Spec("ab", 8)
     with pytest.raises(common.UserError, match=part):
-        common.ImageDataset(images, labels, spec)
+        common.ImageDataset(images, labels, spec, ["a.png"])
     right = np.array([0, 1, 0, 1], np.uint8)
     assert common.ImageDataset(IMAGES, right, spec)[:][1].tolist() == [0, 1, 0, 1]
 
@@ -121,7 +122,8 @@ def test_arrays_are_kept_in_the_order_that_is_fast_to_index():
 
 
 def test_normalization_is_torchvisions():
-    spec = common.Spec("ab", 32, mean=[0.1, 0.2, 0.3], std=np.float64(0.25))
+    spec = common.Spec("ab", 32, mean=(0.1, 0.2, 0.3), std=np.float64(0.25))
+    assert (spec.mean, type(spec.std)) == ([0.1, 0.2, 0.3], float)  # plain, for a checkpoint
     images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
     expected = normalize(images / 255, [0.1, 0.2, 0.3], [0.25] * 3)
     torch.testing.assert_close(common.Normalize(spec)(images), expected)
@@ -334,6 +336,13 @@ def test_schedulers_are_stepped_as_their_documentation_says_and_resume_exactly(n
     train_to(2, "broken")
     train_to(4, "broken")
     assert fingerprint("broken") == fingerprint("whole")
+
+
+def test_a_schedule_that_ends_is_not_resumed_with_more_epochs():
+    cosine = lr_scheduler.CosineAnnealingLR
+    train(digits(32), "--epochs 1", partial(cosine, T_max=1))
+    with pytest.raises(common.UserError, match="T_max from 1 to 2"):
+        train(digits(32), "--epochs 2", partial(cosine, T_max=2))
 
 
 @pytest.mark.parametrize("epochs", [1, 30])

@@ -47,8 +47,8 @@ def test_both_networks_learn_both_data_sets_and_predict_as_tested(
     network, spec = predict.load_model("runs/mnist_cnn/last.pt")
     assert (spec.classes[0], spec.size, spec.channels) == (first, 28, 1)
 
-    kinds = {"mnist": torchvision.datasets.MNIST, "fashion": torchvision.datasets.FashionMNIST}
-    tested = kinds[dataset]("data", train=False)
+    kind = getattr(torchvision.datasets, mnist_cnn.DATASETS[dataset])
+    tested = kind("data", train=False)
     files = []
     for i, (image, _) in enumerate(tested):
         files.append(Path(f"{i}.png"))
