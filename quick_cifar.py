@@ -8,9 +8,9 @@ python quick_cifar.py --data drawn --tuned --epochs 3   # no download
 """
 
 import copy
+import importlib.util
 import warnings
 from functools import partial
-from importlib.util import find_spec
 
 import common
 
@@ -71,7 +71,7 @@ def parse_args(argv=None):
     )
     add = parser.add_argument
     add("--activation", default="none", help="after each pooling", choices=["none", *ACTIVATIONS])
-    installed = find_spec("tensorboard") is not None
+    installed = importlib.util.find_spec("tensorboard") is not None
     parser.set_defaults(save_every=1, tensorboard=installed)
     return common.parse_args(parser, argv, TUNED)
 

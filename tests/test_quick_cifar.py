@@ -1,6 +1,5 @@
 """What a user of quick_cifar.py may rely on besides what all recipes share."""
 
-import importlib.util
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -56,7 +55,6 @@ def test_a_run_goes_on_without_tensorboard_which_is_named_if_it_is_asked_for(fol
     train(f"--data {folder} --epochs 1")
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     train("--resume --epochs 2 --no-tensorboard")
     with pytest.raises(common.UserError, match="pip install tensorboard"):
         train("--resume --epochs 3 --tensorboard")
@@ -69,8 +67,7 @@ def test_the_network_has_the_sources_layers(activation):
     model = quick_cifar.Quick(3, 32, 10, activation)
     assert sum(parameter.numel() for parameter in model.parameters()) == 145_578
     assert model.features(torch.zeros(1, 3, 32, 32)).shape == (1, 64, 4, 4)
-    layers = {"none": 6}
-    assert len(model.features) == layers.get(activation, 9)
-    spec = common.Spec(list("abcdefg"), 48, 1, 0, 1)
+    assert len(model.features) == (6 if activation == "none" else 9)
+    spec = common.Spec("abcdefg", 48, 1, 0, 1)
     network = quick_cifar.build_model(spec, Namespace(activation=activation))
     assert network(torch.zeros(2, 1, 48, 48)).shape == (2, 7)
