@@ -64,7 +64,7 @@ def cli(main):
     except BrokenPipeError:  # `| head` has seen enough
         status = 141
     except KeyboardInterrupt as stop:
-        status = 128 + max(SIGNALS, default=signal.SIGINT)
+        status = 128 + max(SIGNALS, default=2)  # SIGINT
         message = f"stopped{stop}"
     except (torch.OutOfMemoryError, MemoryError) as error:
         message = f"error: {error}: try a smaller --batch-size or --size"
@@ -288,7 +288,7 @@ def parallelize(model, args):
         model = model.module
     if get_world_size() > 1:
         model = DistributedDataParallel(model)
-    elif args.data_parallel and args.device == torch.device("cuda:0"):
+    elif args.data_parallel and str(args.device) in ("cuda", "cuda:0"):
         model = DataParallel(model)  # splits each batch over this process's GPUs
     return model
 
