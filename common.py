@@ -64,7 +64,7 @@ def cli(main):
     except BrokenPipeError:  # `| head` has seen enough
         status = 141
     except KeyboardInterrupt as stop:
-        status = 128 + max(SIGNALS, default=2)  # SIGINT
+        status = 128 + (SIGNALS or [2])[0]  # 2: SIGINT
         message = f"stopped{stop}"
     except (torch.OutOfMemoryError, MemoryError) as error:
         message = f"error: {error}: try a smaller --batch-size or --size"
@@ -809,8 +809,9 @@ class Run:
                 raise UserError("--tensorboard needs: pip install tensorboard") from None
         folder.mkdir(parents=True, exist_ok=True)
         self.lock = lock_folder(folder)
-        names = ("last.pt", "best.pt", "epoch_*.pt")
-        checkpoints = [file for name in names for file in folder.glob(name)]
+        checkpoints = [
+            file for name in ("last.pt", "best.pt", "epoch_*.pt") for file in folder.glob(name)
+        ]
         if checkpoints and not self.args.resume:
             number = 1
             while Path(f"{folder}-{number}").exists():

@@ -34,9 +34,9 @@ from PIL import Image
 
 BYTES = 2**30  # of memory, that no case may exceed
 TINY = ["--epochs", "1", "--batch-size", "4", "--quiet"]
-SIZES = [(20, 20), (900_000, 1), (9000, 9000), (13_000, 13_000)]
+SIZES = [(20, 20), (900_000, 1), (8000, 8000), (9000, 9000), (13_000, 13_000)]
 SIZES += [(0, 20), (2**31 - 1, 1), (2**32 - 1, 2**32 - 1)]
-CHUNKS = [b"PLTE", b"tRNS", b"sBIT", b"eXIf", b"iCCP"]
+CHUNKS = [b"PLTE", b"tRNS", b"sBIT", b"eXIf", b"iCCP", b"tEXt"]
 MODES = {"PNG": "L LA P 1 I;16 RGB RGBA", "TIFF": "L LA P 1 F RGB RGBA CMYK", "JPEG": "L RGB CMYK"}
 MODES |= {"BMP": "L P 1 RGB RGBA", "WEBP": "RGB RGBA", "JPEG2000": "L LA RGB RGBA", "GIF": "L P"}
 MODES |= {"PPM": "L RGB I;16 1", "AVIF": "RGB RGBA"}
@@ -46,11 +46,16 @@ TABLES = {  # a header, and a row with ? for the label
     "Label;File": "?;0.png",
     "\tid\tbreed": "7\t0\t?",
     "Image ID,fold,Class": "0,3,?",
+    "path,file,category": "x,0.png,?",
+    "a,b": "0.png,?",
+    "x,y,z": "0.png,?,3",
     "label": "?",
+    "file,label,class": "0.png,?,b",
     "label" + ",pixel" * 99: "?" + ",7" * 99,
+    "0.png,a": "0.png,?",
 }
 FIELDS = ["", "\0", '"', '"a', "x" * 100_000, "\ufeff", "../" * 9 + "etc/passwd", "/dev/zero", "."]
-FIELDS += ["1" * 5000, "\ud800", "\x1b[2J", "0.png", " a "]
+FIELDS += ["0.png\n", "\r", "1" * 5000, "\ud800", "\x1b[2J", "0.png", "b,c", ";", "\t", " a "]
 FIELDS += ["../data", *SPECIAL]
 WRONG = [None, 1, "x", [], {}, {"format": torch.ones(2)}, torch.ones(3)]
 

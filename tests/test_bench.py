@@ -53,6 +53,7 @@ def test_quick_is_offline_prints_80_columns_and_writes_json(monkeypatch, capsys,
     capabilities = bench.torch.cpu.get_capabilities()
     for name in ("avx2", "avx512_f", "amx_bf16"):
         assert (name in results["machine"][0]) == capabilities.get(name, False)
+    assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
 
 
 def test_streaming_is_compared_with_reading_and_with_the_device_alone(monkeypatch):

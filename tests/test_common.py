@@ -21,6 +21,7 @@ from unittest.mock import Mock
 import common
 import lenet_cifar
 import predict
+from common import UserError, load_checkpoint, load_data
 
 import numpy as np
 import pytest
@@ -44,7 +45,7 @@ def flags(text=""):
 
 @functools.cache
 def load_digits():
-    return common.load_data(flags("--data drawn"), "CIFAR10")[0]
+    return load_data(flags("--data drawn"), "CIFAR10")[0]
 
 
 def digits(count):
@@ -70,7 +71,7 @@ def train(data, text, make_scheduler=None, model=None, **options):
 
 def fingerprint(folder):
     """What a resumed run has to have in common with an unbroken one: all but the clock."""
-    saved = common.load_checkpoint(Path(folder, "last.pt"))
+    saved = load_checkpoint(Path(folder, "last.pt"))
     del saved["settings"]
     for row in saved["history"]:
         del row["train_seconds"], row["test_seconds"], row["images_per_second"]
@@ -109,7 +110,7 @@ IMAGES = np.zeros((4, 8, 8, 3), np.uint8)
 )
 def test_arrays_that_would_be_read_wrongly_are_refused(images, labels, part):
     spec = common.Spec("ab", 8)
-    with pytest.raises(common.UserError, match=part):
+    with pytest.raises(UserError, match=part):
         common.ImageDataset(images, labels, spec, ["a.png"])
     right = np.array([0, 1, 0, 1], np.uint8)
     assert common.ImageDataset(IMAGES, right, spec)[:][1].tolist() == [0, 1, 0, 1]
@@ -158,14 +159,14 @@ def test_an_augment_gives_floats_from_0_to_1_and_others_are_an_error():
     ((expected, _),) = load()
     ((images, _),) = load(v2.ToDtype(torch.float32, scale=True))
     torch.testing.assert_close(images, expected)
-    with pytest.raises(common.UserError, match="augment gives floats that are not from 0 to 1"):
+    with pytest.raises(UserError, match="augment gives floats that are not from 0 to 1"):
         train(digits(32), "--epochs 1", augment=lambda images: images / 127.5 - 1)
 
 
 def test_limited_batches_are_of_all_classes_and_the_same_for_every_seed():
-    sets = common.load_data(flags("--data drawn --limit-batches 10"), "CIFAR10")
+    sets = load_data(flags("--data drawn --limit-batches 10"), "CIFAR10")
     assert [len(part.labels.unique()) for part in sets] == [10, 10]
-    again, _ = common.load_data(flags("--data drawn --limit-batches 10 --seed 9"), "CIFAR10")
+    again, _ = load_data(flags("--data drawn --limit-batches 10 --seed 9"), "CIFAR10")
     assert torch.equal(again.images, sets[0].images)
 
 
@@ -183,9 +184,9 @@ def mine(folder):
 
 def test_a_set_too_large_for_memory_streams_and_gives_the_same(folder, monkeypatch):
     args = flags(f"--data {folder}")
-    whole, _ = common.load_data(args, "CIFAR10")
+    whole, _ = load_data(args, "CIFAR10")
     monkeypatch.setattr(common, "IN_MEMORY", 0)
-    streamed, _ = common.load_data(args, "CIFAR10")
+    streamed, _ = load_data(args, "CIFAR10")
     assert isinstance(streamed, common.StreamedImageDataset)
     batches = torch.randperm(60).split(16)
     both = [common.load_batches(part, batches, CPU) for part in (whole, streamed)]
@@ -196,7 +197,7 @@ def test_a_set_too_large_for_memory_streams_and_gives_the_same(folder, monkeypat
 
 def test_the_next_batch_is_read_while_one_is_trained_on_and_no_other(folder, monkeypatch):
     monkeypatch.setattr(common, "IN_MEMORY", 0)
-    data, _ = common.load_data(flags(f"--data {folder}"), "CIFAR10")
+    data, _ = load_data(flags(f"--data {folder}"), "CIFAR10")
     data.read = Mock(wraps=data.read)
     batches = data.load(torch.arange(60).split(10))
     next(batches)
@@ -210,15 +211,15 @@ def test_the_next_batch_is_read_while_one_is_trained_on_and_no_other(folder, mon
 @pytest.mark.parametrize("memory", [0, 2**31])
 def test_images_that_cannot_be_read_are_left_out_with_skip_bad(mine, monkeypatch, capsys, memory):
     monkeypatch.setattr(common, "IN_MEMORY", memory)
-    data, _ = common.load_data(flags("--data mine --skip-bad"), "CIFAR10")
+    data, _ = load_data(flags("--data mine --skip-bad"), "CIFAR10")
     left_out = r"1 of 60 images cannot be read and are left out.* of ball\n"
     assert re.search(left_out, capsys.readouterr().out)
     assert data[:][1].bincount().tolist() == [19, 20, 20]
 
 
 def test_an_image_that_cannot_be_read_is_named(mine):
-    with pytest.raises(common.UserError, match=f"{mine} cannot be read.*, or add --skip-bad"):
-        common.load_data(flags("--data mine"), "CIFAR10")
+    with pytest.raises(UserError, match=f"{mine} cannot be read.*, or add --skip-bad"):
+        load_data(flags("--data mine"), "CIFAR10")
 
 
 def test_an_image_that_goes_bad_while_streaming_ends_the_run_and_can_be_left_out(
@@ -226,12 +227,12 @@ def test_an_image_that_goes_bad_while_streaming_ends_the_run_and_can_be_left_out
 ):
     monkeypatch.setattr(common, "IN_MEMORY", 0)
     shutil.copy(folder / "train/ball/0.png", mine)
-    data, _ = common.load_data(flags("--data mine"), "CIFAR10")
+    data, _ = load_data(flags("--data mine"), "CIFAR10")
     named = f"{mine} cannot be read.*, or add --skip-bad; 1 of 3 epochs are saved in a"
-    with pytest.raises(common.UserError, match=named):
+    with pytest.raises(UserError, match=named):
         train(data, "--epochs 3", after_epoch=lambda run: mine.write_text("no image") == 0)
-    data, _ = common.load_data(flags("--data mine --skip-bad"), "CIFAR10")
-    with pytest.raises(common.UserError, match="cannot change training_images from 60 to 59"):
+    data, _ = load_data(flags("--data mine --skip-bad"), "CIFAR10")
+    with pytest.raises(UserError, match="cannot change training_images from 60 to 59"):
         train(data, "--epochs 3")
     assert len(train(data, "--epochs 3 --skip-bad")) == 3
 
@@ -291,7 +292,7 @@ def test_best_pt_and_predictions_csv_are_of_the_highest_accuracy_then_the_lowest
         return row, found
 
     train(data, "--epochs 4", evaluate=mine)
-    assert len(common.load_checkpoint("a/best.pt")["history"]) == 3
+    assert len(load_checkpoint("a/best.pt")["history"]) == 3
     model, _ = predict.load_model("a/best.pt", model=network())
     _, found = common.evaluate(model, data, flags())  # it normalizes, evaluate() does not again
     rows = np.loadtxt("a/predictions.csv", delimiter=",", skiprows=1)
@@ -341,7 +342,7 @@ def test_schedulers_are_stepped_as_their_documentation_says_and_resume_exactly(n
 def test_a_schedule_that_ends_is_not_resumed_with_more_epochs():
     cosine = lr_scheduler.CosineAnnealingLR
     train(digits(32), "--epochs 1", partial(cosine, T_max=1))
-    with pytest.raises(common.UserError, match="T_max from 1 to 2"):
+    with pytest.raises(UserError, match="T_max from 1 to 2"):
         train(digits(32), "--epochs 2", partial(cosine, T_max=2))
 
 
@@ -378,7 +379,7 @@ def test_settings_are_a_recipes_without_a_command_line():
     assert (args.epochs, args.out, args.device, args.lr) == (1, "a", CPU, 0.5)
     with pytest.raises(TypeError, match="'epoch'"):
         common.settings(epoch=3)
-    with pytest.raises(common.UserError, match="--epochs: 0"):
+    with pytest.raises(UserError, match="--epochs: 0"):
         common.settings(epochs=0)
 
 
@@ -410,9 +411,9 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint():
     def explode(optimizer):
         return lr_scheduler.LambdaLR(optimizer, lambda epoch: 1e40 if epoch else 1)
 
-    with pytest.raises(common.UserError, match="a smaller --lr; 1 of 3 epochs are saved in a"):
+    with pytest.raises(UserError, match="a smaller --lr; 1 of 3 epochs are saved in a"):
         train(digits(32), "--epochs 3", explode)
-    assert len(common.load_checkpoint("a/last.pt")["history"]) == 1
+    assert len(load_checkpoint("a/last.pt")["history"]) == 1
 
 
 def test_a_full_disk_leaves_the_last_good_checkpoint():
@@ -421,13 +422,13 @@ def test_a_full_disk_leaves_the_last_good_checkpoint():
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # bytes a file
-        with pytest.raises(common.UserError, match=r"disk full.*; 1 of 2 epochs are saved in a"):
+        with pytest.raises(UserError, match=r"disk full.*; 1 of 2 epochs are saved in a"):
             train(digits(32), "--epochs 2")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert Path("a/best.pt").read_bytes() == before
     assert not list(Path("a").glob("*.tmp"))
-    assert len(common.load_checkpoint("a/last.pt")["history"]) == 1
+    assert len(load_checkpoint("a/last.pt")["history"]) == 1
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
@@ -453,7 +454,7 @@ def test_a_ctrl_c_that_a_destructor_swallowed_still_ends_the_run(monkeypatch):
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
 def test_what_stops_a_run_right_after_the_checkpoint_counts_its_epoch(monkeypatch, error):
     monkeypatch.setattr(common, "write_table", Mock(side_effect=error))
-    with pytest.raises((KeyboardInterrupt, common.UserError), match="1 of 3 epochs are saved"):
+    with pytest.raises((KeyboardInterrupt, UserError), match="1 of 3 epochs are saved"):
         train(digits(32), "--epochs 3")
 
 
@@ -475,7 +476,7 @@ def exit_status(main, monkeypatch):
 
 
 def test_a_network_with_other_outputs_than_classes_is_refused():
-    with pytest.raises(common.UserError, match="11 outputs"):
+    with pytest.raises(UserError, match="11 outputs"):
         train(digits(32), "--epochs 1", model=network(classes=11))
 
 

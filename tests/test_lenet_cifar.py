@@ -14,6 +14,7 @@ from pathlib import Path
 import common
 import lenet_cifar
 import predict
+from common import UserError, load_checkpoint
 
 import pytest
 import torch
@@ -130,7 +131,7 @@ def test_a_complete_run_trains_on_with_more_epochs_or_prints_its_report(folder, 
 
 def test_resume_refuses_what_would_be_another_run_and_names_both(folder, monkeypatch):
     def refused(flags, *parts):
-        with pytest.raises(common.UserError) as error:
+        with pytest.raises(UserError) as error:
             main(f"--resume --epochs 2 {flags}")
         for part in parts:
             assert part in str(error.value)
@@ -148,7 +149,7 @@ def test_resume_refuses_what_would_be_another_run_and_names_both(folder, monkeyp
     refused("", "fc1.weight", "[120, 400]", "[120, 576]")
     monkeypatch.setattr(torch.optim, "SGD", torch.optim.RMSprop)
     refused("", "optimizer from SGD to RMSprop")
-    assert len(common.load_checkpoint(RUN / "last.pt")["history"]) == 1
+    assert len(load_checkpoint(RUN / "last.pt")["history"]) == 1
 
 
 def test_test_only_prints_the_report_of_best_pt_on_the_test_set_of_this_command(folder, capsys):
@@ -176,7 +177,7 @@ def test_an_earlier_run_is_moved_aside_once_the_data_are_read(folder, capsys):
     train = f"--data {folder} --epochs 1 --save-every 1"
     main(train)
     assert "earlier run" not in capsys.readouterr().out
-    with pytest.raises(common.UserError):
+    with pytest.raises(UserError):
         main("--data missing")
     main(train)
     line = f"{RUN} had an earlier run, which is in {RUN}-1 now\n"
@@ -190,7 +191,7 @@ def test_an_earlier_run_is_moved_aside_once_the_data_are_read(folder, capsys):
 
 def test_a_run_that_misses_a_package_leaves_the_folder_to_the_next(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(common.UserError, match="pip install tensorboard"):
+    with pytest.raises(UserError, match="pip install tensorboard"):
         main(f"--data {folder} --epochs 1 --tensorboard")
     assert len(main(f"--data {folder} --epochs 1")) == 1
 
@@ -227,12 +228,12 @@ def training(folder):
 def test_ctrl_c_and_sigterm_keep_the_last_whole_epoch_and_say_how_to_go_on(
     training, folder, number, status
 ):
-    with pytest.raises(common.UserError, match=f"process.* trains in {RUN}: .*--out"):
+    with pytest.raises(UserError, match=f"process.* trains in {RUN}: .*--out"):
         main(f"--data {folder}")  # a second run into the same folder
     training.send_signal(number)
     _, err = training.communicate(timeout=10)
     assert training.returncode == status
-    epochs = len(common.load_checkpoint(RUN / "last.pt")["history"])
+    epochs = len(load_checkpoint(RUN / "last.pt")["history"])
     assert err.count("\n") == 1
     assert f"{epochs} of 1000 epochs are saved in {RUN}, continue with --resume --out {RUN}" in err
     assert not names_in(RUN) & {"lock", "last.tmp", "best.tmp"}
@@ -241,7 +242,7 @@ def test_ctrl_c_and_sigterm_keep_the_last_whole_epoch_and_say_how_to_go_on(
 def test_a_run_killed_and_resumed_ends_as_the_unbroken_one(training, folder):
     training.kill()
     training.wait()
-    epochs = len(common.load_checkpoint(RUN / "last.pt")["history"]) + 1
+    epochs = len(load_checkpoint(RUN / "last.pt")["history"]) + 1
     main(f"--resume --epochs {epochs}")
     main(f"--data {folder} --epochs {epochs} --batch-size 4 --out unbroken")
     assert fingerprint(RUN) == fingerprint("unbroken")
@@ -260,7 +261,7 @@ def test_a_closed_pipe_ends_quietly(folder):
     [
         ("--device cuda:99", ["--device cuda:99", "cpu"]),
         ("--epochs many", ["--epochs", "many"]),
-        ("--size 15", ["--size", "16"]),
+        ("--size 15", ["--size", "15", "16"]),
         ("--data drawn --holdout 99999", ["--holdout", "leaves no training images"]),
         ("--data drawn --out /dev/null/run", ["/dev/null/run"]),
         ("--data mistyped", ["mistyped", "--download"]),

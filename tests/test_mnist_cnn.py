@@ -81,6 +81,7 @@ def test_each_image_is_rotated_scaled_moved_and_flipped_by_its_own_draw():
     some = image.expand(300, 1, 28, 28)
     torch.manual_seed(0)
     found = mnist_cnn.random_affine(some, flip=False)
+    assert found.shape == some.shape
     assert len(found.unique(dim=0)) == 300
     assert found.min() >= 0
     assert found.max() <= 1.001

@@ -9,6 +9,7 @@ from pathlib import Path
 import common
 import lenet_cifar
 import predict
+from common import UserError, load_checkpoint
 
 import cv2
 import numpy as np
@@ -73,7 +74,7 @@ def read_table(file):
 
 @pytest.mark.figures
 def test_prediction_sees_what_the_test_loop_sees_and_draws_it(trained, folder, classify):
-    saved = common.load_checkpoint(trained / "best.pt")
+    saved = load_checkpoint(trained / "best.pt")
     arguments = (trained / "best.pt", folder / "test", "--figure", "out.png", "--csv", "table.csv")
     out, _ = classify(*arguments)
     accuracy = saved["history"][-1]["test_accuracy"]
@@ -145,7 +146,7 @@ def test_checkpoints_that_are_none_are_refused_and_never_run(trained, folder, cl
     middle = len(best) // 2
     others = {
         "evil": saved(Evil()),
-        "evil inside": saved({**common.load_checkpoint(trained / "best.pt"), "spec": Evil()}),
+        "evil inside": saved({**load_checkpoint(trained / "best.pt"), "spec": Evil()}),
         "pickle": pickle.dumps(Evil(), protocol=2),
         "whole model": saved(nn.Linear(1, 1)),
         "foreign": saved(nn.Linear(1, 1).state_dict()),
@@ -157,7 +158,7 @@ def test_checkpoints_that_are_none_are_refused_and_never_run(trained, folder, cl
     }
     for name, data in others.items():
         Path(f"{name}.pt").write_bytes(data)
-        with pytest.raises(common.UserError, match=f"{name}.pt is no checkpoint"):
+        with pytest.raises(UserError, match=f"{name}.pt is no checkpoint"):
             classify(f"{name}.pt", folder / "test")
     assert not Path("evil-was-here").exists()
 
@@ -169,12 +170,12 @@ def test_a_recipe_of_ones_own_is_named_by_the_user_alone(folder, classify):
     Path("imported").unlink()
     best = "runs/my_net/best.pt"
     picture = folder / "test/ball/0.png"
-    with pytest.raises(common.UserError, match="add --recipe my_net"):
+    with pytest.raises(UserError, match="add --recipe my_net"):
         classify(best, picture)
     assert not Path("imported").exists()  # a checkpoint decides nothing about imports
     out, _ = classify("--recipe", "my_net.py", best, picture)
     assert out.startswith(f"{picture}: ")
-    with pytest.raises(common.UserError, match="made by my_net, with another network"):
+    with pytest.raises(UserError, match="made by my_net, with another network"):
         classify("--recipe", ROOT / "lenet_cifar.py", best, picture)
 
     network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 3))
@@ -198,7 +199,7 @@ def test_a_recipe_of_ones_own_is_named_by_the_user_alone(folder, classify):
 @pytest.mark.figures
 def test_bad_use_is_one_line(trained, flags, reason, classify):
     Path("nothing").mkdir()
-    with pytest.raises(common.UserError, match=reason) as refused:
+    with pytest.raises(UserError, match=reason) as refused:
         classify(trained / "best.pt", *flags.split())
     assert "\n" not in str(refused.value)
 

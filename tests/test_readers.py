@@ -68,8 +68,8 @@ def refused(path, data, why):
 
 @pytest.mark.parametrize("orientation", range(2, 9))
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "avif", "tif"])
-def test_images_are_upright_whatever_their_exif(tmp_path, suffix, orientation):
-    file = tmp_path / f"x.{suffix}"
+def test_images_are_upright_whatever_their_exif(suffix, orientation):
+    file = f"x.{suffix}"
     image = Image.fromarray(RGB).transpose(HELD[orientation - 2])
     exif = Image.Exif()
     exif[274] = orientation
@@ -79,28 +79,28 @@ def test_images_are_upright_whatever_their_exif(tmp_path, suffix, orientation):
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "LA", "RGB"])
 @pytest.mark.parametrize("suffix", ["png", "tif", "bmp", "gif", "webp", "ppm", "jpg", "jp2"])
-def test_images_of_all_modes_have_the_pixels_that_pillow_gives(tmp_path, suffix, mode):
+def test_images_of_all_modes_have_the_pixels_that_pillow_gives(suffix, mode):
     image = Image.fromarray(RGB).convert(mode)
     try:
-        image.save(tmp_path / f"x.{suffix}", quality=100, lossless=True)
+        image.save(f"x.{suffix}", quality=100, lossless=True)
     except (OSError, KeyError, ValueError):
         pytest.skip(f"there is no such {suffix}")
-    with Image.open(tmp_path / f"x.{suffix}") as again:
-        check(tmp_path / f"x.{suffix}", np.asarray(again.convert("RGB")))
+    with Image.open(f"x.{suffix}") as again:
+        check(f"x.{suffix}", np.asarray(again.convert("RGB")))
 
 
 @pytest.mark.parametrize("suffix", ["png", "webp", "avif", "tif"])
-def test_what_is_transparent_is_on_white(tmp_path, suffix):
-    file = tmp_path / f"x.{suffix}"
+def test_what_is_transparent_is_on_white(suffix):
+    file = f"x.{suffix}"
     Image.fromarray(RGBA).save(file, **LOSSLESS)
     check(file, ON_WHITE, TOLERANCE.get(suffix, 1))
 
 
 @pytest.mark.parametrize(("name", "mode"), [("x.png", "P"), ("x.gif", "P"), ("x.png", "L")])
-def test_a_color_that_stands_for_transparent_is_white(tmp_path, name, mode):
+def test_a_color_that_stands_for_transparent_is_white(name, mode):
     black = int(GRAY.min())
-    Image.fromarray(GRAY).convert(mode).save(tmp_path / name, transparency=black)
-    check(tmp_path / name, np.dstack([np.where(black == GRAY, 255, GRAY)] * 3))
+    Image.fromarray(GRAY).convert(mode).save(name, transparency=black)
+    check(name, np.dstack([np.where(black == GRAY, 255, GRAY)] * 3))
 
 
 def tiff(pixels, tag, value, new_tag, new_value):
@@ -134,11 +134,12 @@ def test_more_than_8_bits_are_refused_where_the_file_does_not_say_what_is_white(
     refused(tmp_path / "x.pgm", b"P5 1 1 4095\n12", why)
 
 
+@pytest.mark.parametrize("default", [False, True])  # an image beside the frames, in a PNG
 @pytest.mark.parametrize("suffix", ["gif", "png"])
-def test_the_first_image_of_an_animation_is_taken(tmp_path, suffix):
-    file = tmp_path / f"x.{suffix}"
-    second = Image.fromarray(255 - RGB)
-    Image.fromarray(RGB).save(file, save_all=True, append_images=[second] * 2, default_image=True)
+def test_the_first_image_of_an_animation_is_taken(suffix, default):
+    file = f"x.{suffix}"
+    others = [Image.fromarray(255 - RGB)] * 2
+    Image.fromarray(RGB).save(file, save_all=True, append_images=others, default_image=default)
     check(file, np.asarray(Image.open(file).convert("RGB")))
 
 

@@ -8,6 +8,7 @@ import common
 import predict
 import readers
 import vgg_transfer
+from common import UserError
 
 import cv2
 import numpy as np
@@ -75,7 +76,7 @@ def test_the_network_is_torchvisions_with_another_last_layer(head, last, monkeyp
 def test_imagenet_weights_come_from_torchvisions_cache_with_their_normalization(folder, tmp_path):
     cache = tmp_path / "hub/checkpoints"
     cache.mkdir(parents=True)
-    with pytest.raises(common.UserError, match="no network") as refused:
+    with pytest.raises(UserError, match="no network") as refused:
         train(folder, "--freeze")
     for part in (str(cache), vgg_transfer.IMAGENET.url, "--weights none"):
         assert part in str(refused.value)
@@ -89,12 +90,12 @@ def test_imagenet_weights_come_from_torchvisions_cache_with_their_normalization(
     assert saved["spec"]["crop"] == 224 / 256
 
     (cache / "vgg16-397923af.pth").write_bytes(b"half a file")
-    with pytest.raises(common.UserError, match="hub/checkpoints"):
+    with pytest.raises(UserError, match="hub/checkpoints"):
         train(folder, "")
 
 
 def test_the_data_are_looked_at_before_anything_is_downloaded(no_network):
-    with pytest.raises(common.UserError, match="nowhere"):
+    with pytest.raises(UserError, match="nowhere"):
         train("nowhere", "")
     no_network.assert_not_called()
 
@@ -172,6 +173,6 @@ def test_weights_are_found_however_others_have_wrapped_them(folder):
 )
 def test_what_is_no_vgg16_is_refused(folder, saved, reason):
     torch.save(saved, "other.pt")
-    with pytest.raises(common.UserError, match=reason) as refused:
+    with pytest.raises(UserError, match=reason) as refused:
         train(folder, "--weights other.pt")
     assert "other.pt" in str(refused.value)
